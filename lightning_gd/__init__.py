@@ -1,0 +1,44 @@
+"""Gradient descent with hand-derived gradients in PyTorch Lightning.
+
+Names are imported when first used, so that `--help` need not wait for Lightning.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_gd.batch import Batch
+    from lightning_gd.data.mnist import MNISTParityData
+    from lightning_gd.data.points import PointsData
+    from lightning_gd.data.tensors import TensorDataModule
+    from lightning_gd.models.linear import LinearRegression
+    from lightning_gd.models.parity import ParityRegressor
+    from lightning_gd.module import GradientDescentModule
+
+_HOMES = {
+    "Batch": "batch",
+    "GradientDescentModule": "module",
+    "LinearRegression": "models.linear",
+    "MNISTParityData": "data.mnist",
+    "ParityRegressor": "models.parity",
+    "PointsData": "data.points",
+    "TensorDataModule": "data.tensors",
+}
+
+__all__ = [
+    "Batch",
+    "GradientDescentModule",
+    "LinearRegression",
+    "MNISTParityData",
+    "ParityRegressor",
+    "PointsData",
+    "TensorDataModule",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lightning_gd' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lightning_gd.{_HOMES[name]}"), name)

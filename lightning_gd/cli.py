@@ -1,0 +1,148 @@
+"""The command line: verbs, experiments by name, exit codes. Lightning is imported only to run."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from pathlib import Path
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+VERBS = {
+    "fit": "train, and stop there",
+    "validate": "evaluate on the validation rows",
+    "test": "evaluate on the test rows",
+    "predict": "predict the test rows",
+}
+DEFAULT = "parity"
+
+
+class UsageError(ValueError):
+    """The user wrote something that cannot be meant; exit status 2."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; `None` takes those of the process.
+
+    Returns:
+        0 on success, 1 where the world failed (files, network), 2 where the arguments are wrong.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in arguments
+    try:
+        if arguments in (["-h"], ["--help"]):
+            print(_help())
+            return 0
+        # Processes started by Lightning read sys.argv again: they must see what this one runs.
+        sys.argv[1:] = resolve(arguments)
+        _run()
+        return 0
+    except (ValueError, TypeError) as error:
+        return _failed(error, 2, traceback)
+    except (OSError, RuntimeError) as error:
+        return _failed(error, 1, traceback)
+    except SystemExit as stop:  # the parser has printed its message
+        return stop.code if isinstance(stop.code, int) else 1
+
+
+def resolve(arguments: list[str]) -> list[str]:
+    """Add the verb, the default experiment and the paths of experiments given by name.
+
+    Raises:
+        UsageError: If a verb or an experiment is unknown.
+    """
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    bare = not arguments or arguments[0].startswith("-")
+    verb = "fit" if bare else arguments.pop(0)
+    if verb not in VERBS:
+        raise UsageError(_unknown("verb", verb, VERBS))
+    resolved, experiment = [], None
+    for i, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if equals and option in ("--config", "-c"):
+            experiment, argument = _experiment(value)
+            argument = f"{option}={argument}"
+        elif i and arguments[i - 1] in ("--config", "-c"):
+            experiment, argument = _experiment(argument)
+        resolved.append(argument)
+    start = []
+    if experiment is None and not {"-h", "--help"} & set(arguments):
+        experiment, path = _experiment(DEFAULT)
+        start = ["--config", path]
+    if experiment is not None:
+        start += ["--experiment", experiment]
+    if bare:
+        start += ["--test_after_fit", "true"]
+    return [verb, *start, *resolved]
+
+
+def experiments() -> list[str]:
+    """The names of the experiments in the package."""
+    return sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
+
+
+def _experiment(text: str) -> tuple[str, str]:
+    if text in experiments():
+        return text, str(EXPERIMENTS / f"{text}.yaml")
+    if Path(text).is_file():
+        return Path(text).stem, text
+    if os.sep in text or text.endswith((".yaml", ".yml")):
+        raise UsageError(f"--config {text}: there is no such file")
+    raise UsageError(_unknown("experiment", text, experiments()))
+
+
+def _unknown(what: str, text: str, known: object) -> str:
+    names = list(known)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    near = difflib.get_close_matches(text, names, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {text!r}: {hint}known: {', '.join(names)}"
+
+
+def _summary(experiment: str) -> str:
+    with (EXPERIMENTS / f"{experiment}.yaml").open(encoding="utf-8") as file:
+        return file.readline().lstrip("# ").strip()
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {verb:18}{meaning}" for verb, meaning in VERBS.items())
+    known = "\n".join(f"  {name:18}{_summary(name)}" for name in experiments())
+    return f"""Train with gradients derived by hand, or by autograd, and compare.
+
+usage: train.py [verb] [--config EXPERIMENT] [options]
+
+Without a verb: train, then test. Without --config: the experiment {DEFAULT!r}.
+
+verbs:
+{verbs}
+
+experiments (or the path of a YAML file):
+{known}
+
+options that are often wanted:
+  --model.gradient autograd      let autograd compute the gradient
+  --model.lr 0.001               learning rate
+  --data.batch_size 64           mini-batches instead of the full batch
+  --trainer.max_steps 1000       number of updates
+  --trainer.strategy ddp --trainer.devices 2 --trainer.accelerator cpu
+                                 two processes
+  --model mypackage.MyModel      a model of your own
+  --traceback                    show where an error came from
+
+All options: train.py fit --help"""
+
+
+def _run() -> None:
+    sys.path.insert(0, os.getcwd())  # models of the user's own, by dotted path
+    from lightning_gd.lightning_cli import run
+
+    run()
+
+
+def _failed(error: BaseException, code: int, traceback: bool) -> int:
+    if traceback:
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    return code

@@ -1,0 +1,51 @@
+"""Points written in the configuration."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_gd.data.tensors import Table, TensorDataModule
+
+
+class PointsData(TensorDataModule):
+    """A few points for linear regression: the notebooks' `y = 2x` by default.
+
+    Args:
+        x: Inputs: one number a point, or one list of features a point.
+        y: Targets: one number a point.
+        **kwargs: Those of `TensorDataModule`.
+
+    Raises:
+        ValueError: If the numbers of inputs and targets differ, or one is not finite.
+    """
+
+    def __init__(
+        self,
+        x: list[float] | list[list[float]] | None = None,
+        y: list[float] | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.points = _table(
+            [1.0, 2.0, 3.0, 4.0] if x is None else x, [2.0, 4.0, 6.0, 8.0] if y is None else y
+        )
+
+    def load(self) -> dict[str, Table]:
+        """Train and test on the same points."""
+        return {"train": self.points, "test": self.points}
+
+
+def _table(x: list, y: list) -> Table:
+    widths = sorted({len(row) if isinstance(row, list) else 1 for row in x})
+    if len(x) != len(y) or len(widths) != 1:
+        raise ValueError(
+            f"x and y need one entry a point, all of one form; got {len(x)} in x with "
+            f"{widths} features and {len(y)} in y"
+        )
+    inputs = torch.tensor(x, dtype=torch.float64).reshape(len(x), widths[0])
+    targets = torch.tensor(y, dtype=torch.float64)
+    for name, values in (("x", inputs), ("y", targets)):
+        if not values.isfinite().all():
+            raise ValueError(f"{name} must hold finite numbers; got {values.tolist()}")
+    dtype = torch.get_default_dtype()
+    return Table(inputs.to(dtype), targets.to(dtype))

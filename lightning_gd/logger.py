@@ -1,0 +1,59 @@
+"""TensorBoard, with many points written at once and the final metrics in the HParams tab."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard.summary import hparams as hparams_summaries
+
+
+class RunLogger(TensorBoardLogger):
+    """Logs one run to `<save_dir>/<name>/version_N`.
+
+    Args:
+        save_dir: Folder of all runs.
+        name: Folder of this experiment's runs in it.
+        version: Number or name of the run; null takes the next number.
+        metrics: Curves whose last value stands in the HParams tab.
+    """
+
+    def __init__(
+        self,
+        save_dir: str = "lightning_logs",
+        name: str | None = "run",
+        version: int | str | None = None,
+        metrics: tuple[str, ...] = ("train/loss", "test/loss", "test/accuracy"),
+    ) -> None:
+        super().__init__(save_dir, name, version, default_hp_metric=False)
+        self.metrics = metrics
+
+    @rank_zero_only
+    def log_points(self, points: list[tuple[int, dict[str, float]]]) -> None:
+        """Write `(step, {tag: value})`, all values of a step in one event."""
+        writer, now = self.experiment._get_file_writer(), time.time()
+        for step, values in points:
+            tags = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+            writer.event_writer.add_event(
+                Event(summary=Summary(value=tags), step=step, wall_time=now)
+            )
+
+    @rank_zero_only
+    def log_hyperparams(
+        self,
+        params: dict[str, Any] | Namespace,
+        metrics: dict[str, Any] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Name the columns of the HParams tab; it shows the last value of each curve itself."""
+        params = dict(vars(params)) if isinstance(params, Namespace) else dict(params)
+        self.hparams.update(params)
+        plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in params.items()}
+        writer = self.experiment._get_file_writer()
+        for summary in hparams_summaries(plain, dict.fromkeys(self.metrics, 0.0)):
+            writer.add_summary(summary)

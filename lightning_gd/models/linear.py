@@ -1,0 +1,103 @@
+"""Linear regression, its loss and its two gradient formulas."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanSquaredError, Metric
+
+from lightning_gd.module import GradientDescentModule, Gradients
+from lightning_gd.refusals import whole_number
+
+Start = Literal["zeros", "uniform", "linear"]
+
+
+class LinearRegression(GradientDescentModule):
+    """Linear regression ŷ = x w + b with squared loss.
+
+    With residuals r = x w + b − y over N rows (a mean, without ½):
+
+        L = 1/N Σ r²        ∂L/∂w = 2/N xᵀ r        ∂L/∂b = 2/N Σ r
+
+    Args:
+        num_features: Number D of features.
+        bias: Whether the line has an intercept; without it b stays 0 and is not trained.
+        start: `zeros`, `uniform` on [0, 1), or `linear`, the distribution of `nn.Linear`.
+        weight: The D weights to start from, instead of `start`.
+        intercept: The bias to start from, instead of `start`.
+        start_seed: Seed of a random start.
+        **kwargs: Those of `GradientDescentModule`.
+
+    Raises:
+        ValueError: If a value is out of range or the number of weights is not D.
+    """
+
+    def __init__(
+        self,
+        num_features: int = 1,
+        bias: bool = True,
+        start: Start = "zeros",
+        weight: list[float] | None = None,
+        intercept: float | None = None,
+        start_seed: int = 0,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        whole_number("num_features", num_features, 1)
+        whole_number("start_seed", start_seed, 0)
+        if weight is not None and len(weight) != num_features:
+            raise ValueError(
+                f"weight={weight!r} must hold num_features={num_features} numbers, one a feature"
+            )
+        if intercept is not None and not bias:
+            raise ValueError(f"intercept={intercept!r} needs bias=True")
+        first_weight, first_bias = _start(start, num_features, start_seed)
+        self.weight = nn.Parameter(first_weight if weight is None else torch.tensor(weight) * 1.0)
+        value = first_bias if intercept is None else torch.tensor(intercept) * 1.0
+        self.bias = nn.Parameter(value if bias else value * 0, requires_grad=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Predict ŷ = x w + b, shape [N], for inputs x of shape [N, D]."""
+        return torch.addmv(self.bias, x, self.weight)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """L = 1/N Σ r², with r = x w + b − y."""
+        return (self(x) - y).square().mean()
+
+    def gradients(self, x: Tensor, y: Tensor) -> Gradients:
+        """∂L/∂w = 2/N xᵀ r, shape [D], and ∂L/∂b = 2/N Σ r, shape []."""
+        r = self(x) - y
+        return {"weight": 2 * (r @ x) / len(r), "bias": 2 * r.mean()}
+
+    def loss_and_gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Gradients]:
+        """Both from the same residuals."""
+        r = self(x) - y
+        scaled = r * (2 / len(r))
+        return r.dot(r) / len(r), {"weight": scaled @ x, "bias": scaled.sum()}
+
+    def metrics(self) -> dict[str, Metric]:
+        """The loss is the mean squared error, so that is what computes it."""
+        return {"loss": MeanSquaredError()}
+
+    @staticmethod
+    def example_batch() -> tuple[LinearRegression, Tensor, Tensor]:
+        """A small instance away from its optimum, and a batch (x, y) for it."""
+        generator = torch.Generator().manual_seed(1)
+        x, y = torch.randn(7, 3, generator=generator), torch.randn(7, generator=generator)
+        return LinearRegression(num_features=3, start="linear"), x, y
+
+
+def _start(start: str, num_features: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    if start == "zeros":
+        return torch.zeros(num_features), torch.zeros(())
+    if start == "uniform":  # the notebook's
+        return torch.rand(num_features, generator=generator), torch.zeros(())
+    if start == "linear":  # nn.Linear draws both from U(−1/√D, 1/√D)
+        bound = 1 / math.sqrt(num_features)
+        drawn = torch.rand(num_features + 1, generator=generator).mul(2).sub(1).mul(bound)
+        return drawn[:-1].clone(), drawn[-1].clone()
+    raise ValueError(f"start={start!r} must be one of 'zeros', 'uniform', 'linear'")
