@@ -14,16 +14,22 @@ if TYPE_CHECKING:
     from lightning_gd.data.points import PointsData
     from lightning_gd.data.tensors import TensorDataModule
     from lightning_gd.models.linear import LinearRegression
+    from lightning_gd.models.logistic import LogisticParity
+    from lightning_gd.models.mlp import ParityMLP
     from lightning_gd.models.parity import ParityRegressor
+    from lightning_gd.models.ridge import RidgeRegression
     from lightning_gd.module import GradientDescentModule
 
 _HOMES = {
     "Batch": "batch",
     "GradientDescentModule": "module",
     "LinearRegression": "models.linear",
+    "LogisticParity": "models.logistic",
     "MNISTParityData": "data.mnist",
+    "ParityMLP": "models.mlp",
     "ParityRegressor": "models.parity",
     "PointsData": "data.points",
+    "RidgeRegression": "models.ridge",
     "TensorDataModule": "data.tensors",
 }
 
@@ -31,9 +37,12 @@ __all__ = [
     "Batch",
     "GradientDescentModule",
     "LinearRegression",
+    "LogisticParity",
     "MNISTParityData",
+    "ParityMLP",
     "ParityRegressor",
     "PointsData",
+    "RidgeRegression",
     "TensorDataModule",
 ]
 

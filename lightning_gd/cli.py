@@ -59,24 +59,22 @@ def resolve(arguments: list[str]) -> list[str]:
     verb = "fit" if bare else arguments.pop(0)
     if verb not in VERBS:
         raise UsageError(_unknown("verb", verb, VERBS))
-    resolved, experiment = [], None
-    for i, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if equals and option in ("--config", "-c"):
-            experiment, argument = _experiment(value)
-            argument = f"{option}={argument}"
-        elif i and arguments[i - 1] in ("--config", "-c"):
-            experiment, argument = _experiment(argument)
-        resolved.append(argument)
-    start = []
-    if experiment is None and not {"-h", "--help"} & set(arguments):
-        experiment, path = _experiment(DEFAULT)
-        start = ["--config", path]
-    if experiment is not None:
-        start += ["--experiment", experiment]
+    configs, rest, words = [], [], iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option in ("--config", "-c"):
+            configs.append(_experiment(value if equals else next(words, "")))
+        else:
+            rest.append(word)
+    if not configs and not {"-h", "--help"} & set(rest):
+        configs = [_experiment(DEFAULT)]
+    # Files first, wherever they were written: what is typed out wins over them.
+    start = [word for _, path in configs for word in ("--config", path)]
+    if configs:
+        start += ["--experiment", configs[-1][0]]
     if bare:
         start += ["--test_after_fit", "true"]
-    return [verb, *start, *resolved]
+    return [verb, *start, *rest]
 
 
 def experiments() -> list[str]:

@@ -23,7 +23,8 @@ class Curvature:
     Index legend: P parameters, in the order of H: (w, b).
 
     Attributes:
-        eigenvalues: λ in ascending order, shape [P]; those below the tolerance are set to 0.
+        eigenvalues: λ in ascending order, shape [P]. Predictions use them all: a curvature near
+            the noise still counts where the error along it is large.
         eigenvectors: One a column, shape [P, P].
         rank: Number of eigenvalues above the tolerance.
     """
@@ -33,7 +34,8 @@ class Curvature:
 
         Args:
             hessian: H, shape [P, P], symmetric.
-            rtol: Eigenvalues below rtol·λmax are noise; by default 16·P·2⁻⁵².
+            rtol: Eigenvalues below rtol·λmax are noise; by default
+                max(P, 32)·2⁻⁵².
 
         Raises:
             ValueError: H is not square, symmetric and finite, has a negative eigenvalue or is 0.
@@ -51,8 +53,8 @@ class Curvature:
                 f"the eigenvalues of this hessian lie in [{values[0]:.4g}, {values[-1]:.4g}]; that "
                 "of a least-squares loss has none below 0 and at least one above"
             )
-        self.eigenvalues = torch.where(values > tolerance, values, 0.0)
-        self.rank = int((self.eigenvalues > 0).sum())
+        self.eigenvalues = values.clamp(min=0)
+        self.rank = max(1, int((values > tolerance).sum()))
 
     @property
     def largest(self) -> float:
@@ -111,6 +113,8 @@ class Curvature:
         steps: int = 100,
     ) -> Tensor:
         """The losses L₀ … L_steps, shape [steps+1]: Lₖ = L* + ½ Σ λ eₖ².
+
+        Rounding enters as 1e-16·λmax‖θ₀ − θ*‖²: 1e-10 on 2,000 digits, whose θ* is long.
 
         Args:
             theta0: θ at the start, (w, b) flattened, shape [P].

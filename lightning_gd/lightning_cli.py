@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import pkgutil
 import warnings
 from typing import Any
 
@@ -11,14 +13,19 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lightning_gd import data, models
 from lightning_gd.callbacks.histograms import WeightHistograms
 from lightning_gd.callbacks.progress import UpdateProgressBar
 from lightning_gd.callbacks.report import EndTable
 from lightning_gd.checkpoints import RunCheckpoint
-from lightning_gd.data import mnist, points  # noqa: F401  known to --data by their short names
 from lightning_gd.logger import RunLogger
-from lightning_gd.models import linear, parity  # noqa: F401  likewise --model
 from lightning_gd.module import GradientDescentModule
+
+
+# What has been imported is known to --model and --data by its short name.
+for package in (models, data):
+    for found in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{found.name}")
 
 
 class CommandLine(LightningCLI):
@@ -77,6 +84,8 @@ class CommandLine(LightningCLI):
         """Test with the weights after the last update."""
         if self.table.deferred:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            self.table.add(self.trainer.callback_metrics)
+            self.table.show(self.trainer)
 
 
 def run() -> None:

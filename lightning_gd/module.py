@@ -154,9 +154,7 @@ class GradientDescentModule(LightningModule):
         )
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if getattr(data, "test_every", 0) != 0 and "test" in data.tables:
-            batch = data.share("test")
-            like = next(self.parameters())
-            self._test = batch._replace(x=batch.x.to(like), y=batch.y.to(like))
+            self._test = self._here(data.share("test"))
 
     def on_train_start(self) -> None:
         """Fix the density of the curves, now that the length of an epoch is known."""
@@ -284,10 +282,7 @@ class GradientDescentModule(LightningModule):
         """This process's part of the test loss, where the curve has a point at `step`."""
         if self._test is None or step % self._test_every:
             return []
-        x, y, total = next(self._test.shares())
-        if len(y) == 0:
-            return [y.new_zeros(())]
-        return [self.loss(x, y).to(y.dtype) * (len(y) / total)]
+        return [self._share_of_loss(self._test)]
 
     def _record(self, step: int, loss: Tensor, norm: Tensor, test: list[Tensor]) -> None:
         values: dict[str, Tensor | float] = {"train/loss": loss, "gradient_norm": norm}
@@ -331,6 +326,23 @@ class GradientDescentModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the mean of an unfinished epoch."""
         self._epoch_loss = list(checkpoint.get("epoch_loss", [0.0, 0]))
+
+    @torch.no_grad()
+    def final_losses(self) -> dict[str, Tensor]:
+        """`train/loss` over all training rows at the present weights, if they can be had."""
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if not hasattr(data, "share"):
+            return {}
+        return {"train/loss": reduce_sum(self._share_of_loss(self._here(data.share("train"))))}
+
+    def _here(self, batch: Batch) -> Batch:
+        like = next(self.parameters())
+        return batch._replace(x=batch.x.to(like), y=batch.y.to(like))
+
+    def _share_of_loss(self, batch: Batch) -> Tensor:
+        """Σ over this process's rows, divided by the rows of all; their sum is the loss."""
+        x, y, total = next(batch.shares())
+        return self.loss(x, y).to(y) * (len(y) / total) if len(y) else y.new_zeros(())
 
     def _as_batch(self, batch: Any) -> Batch:
         """Accept `(x, y)` of other loaders too; their rows are counted over the processes."""

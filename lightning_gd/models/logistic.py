@@ -1,0 +1,43 @@
+"""Odd or even by logistic regression: the same scores, another loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from torchmetrics import MeanSquaredError, Metric
+
+from lightning_gd.models.parity import ParityRegressor, decision_metrics
+from lightning_gd.module import Gradients
+
+
+class LogisticParity(ParityRegressor):
+    """784 pixels to a score ŷ = x w + b, with σ(ŷ) the probability that the digit is odd.
+
+    With y = +1 for odd and −1 for even over N rows, and σ(t) = 1/(1 + exp(−t)):
+
+        L = 1/N Σ log(1 + exp(−y ŷ))        d = ∂L/∂ŷ = −y/N σ(−y ŷ)
+        ∂L/∂w = xᵀ d                        ∂L/∂b = Σ d
+
+    A digit is called odd where ŷ > 0, as by `ParityRegressor`, whose settings these are too.
+    """
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """L = 1/N Σ log(1 + exp(−y ŷ)) = −1/N Σ log σ(y ŷ), which no score overflows."""
+        return -logsigmoid(y * self(x)).mean()
+
+    def gradients(self, x: Tensor, y: Tensor) -> Gradients:
+        """∂L/∂w = xᵀ d, shape [D], and ∂L/∂b = Σ d, shape [], with d = −y/N σ(−y ŷ)."""
+        d = -y * torch.sigmoid(-y * self(x)) / len(y)
+        return {"weight": d @ x, "bias": d.sum()}
+
+    def metrics(self) -> dict[str, Metric]:
+        """Those of the decision ŷ > 0, and the mean squared error of the scores."""
+        return {"mse": MeanSquaredError(), **decision_metrics()}
+
+    @staticmethod
+    def example_batch() -> tuple[LogisticParity, Tensor, Tensor]:
+        """A small instance away from its optimum, and a batch (x, y) for it."""
+        generator = torch.Generator().manual_seed(5)
+        x, y = torch.rand(6, 16, generator=generator), torch.tensor([1.0, -1, 1, 1, -1, -1])
+        return LogisticParity(num_features=16, start="linear"), x, y
