@@ -172,6 +172,7 @@ def trainer_road(problem: Problem, steps: int, gradient: Literal["explicit", "au
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        log_every_n_steps=1,
     )
     trainer.fit(model, datamodule=_GivenTables(problem.tables, passes_per_epoch=steps))
     losses = {

@@ -51,7 +51,7 @@ def loss_curves(
         if optimum > 1e-3 * lowest:
             axes.axhline(optimum, color=GREY, lw=1.5, ls=":", label=f"optimum {optimum:.4g}")
         else:  # on this scale the line would be decades below every curve
-            axes.plot([], [], ls="", label=f"optimum {optimum:.2g}, below the axis")
+            axes.plot([], [], color=GREY, ls="", label=f"optimum {optimum:.2g}, below the axis")
     _log_scale(axes)
     _legend(figure)
     return figure
@@ -110,7 +110,7 @@ def wrong_digits(
     for k, i in enumerate(order):
         top, left = k // COLUMNS * cell_high + 8, k % COLUMNS * cell_wide + 4
         sheet[top : top + 28, left : left + 28] = pixels[i].reshape(28, 28)
-        text = axes.text(left + 14, top, f"{names[i]}: {_signed(scores[i])}", fontsize=TEXT)
+        text = axes.text(left + 14, top, f"{names[i]}: {_signed(float(scores[i]))}", fontsize=TEXT)
         text.set_horizontalalignment("center")
     axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=255)
     worst = f", the worst {len(order)}:" if len(order) < len(wrong) else ""
@@ -185,8 +185,8 @@ def compared_curves(
 ) -> Figure:
     """The losses of several roads, one panel a part, on shared axes with a log scale.
 
-    Coinciding curves stay apart in two ways: each road is thinner than the one before it, and
-    its marks (own shape and colour) stand at updates of its own.
+    Coinciding curves can be told apart by their marks: each road has its own shape and colour,
+    and its marks stand in the gaps between those of the others.
 
     Args:
         roads: For each road its curves by part: `train`, `test`.
@@ -200,18 +200,15 @@ def compared_curves(
         axes.set_title(f"{part} loss", fontsize=TEXT)
         for i, (road, curves) in enumerate(roads.items()):
             updates, losses = curves[part]
-            step = max(1, np.size(updates) // 6)
             axes.plot(
                 updates,
                 _drawable(losses),
                 color=ROADS[i % len(ROADS)],
-                lw=2 + 3 * (len(roads) - 1 - i),
+                lw=1.5,
                 marker=MARKERS[i % len(MARKERS)],
                 ms=9,
-                mec="white",
-                markevery=(i * step // len(roads), step),
+                markevery=(0.2 * i / len(roads), 0.2),  # along the curve, in axes' diagonals
                 label=road,
-                zorder=2 + i / 10,
             )
         if predicted and part in predicted:
             _dashed(axes, *predicted[part])
@@ -267,7 +264,7 @@ def _legend(figure: Figure, axes: Axes | None = None) -> None:
 def _drawable(values: ArrayLike) -> np.ndarray:
     """What a log axis can show; the rest becomes a gap."""
     values = np.array(values, float)
-    values[~(np.isfinite(values) & (values > 0))] = np.nan
+    values[~((values > 0) & (values < 1e100))] = np.nan  # its margins overflow near 1e308
     return values
 
 
@@ -277,12 +274,11 @@ def _least(curve: Curve) -> float:
 
 
 def _limit(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Let a curve that explodes leave the picture rather than flatten the others."""
-    start = max(
-        (float(np.asarray(losses)[0]) for _, losses in curves if np.size(losses)), default=1
-    )
-    if axes.get_ylim()[1] > 1e3 * start > 0:
-        axes.set_ylim(top=1e3 * start)
+    """Let a curve that explodes leave the picture rather than flatten those that do not."""
+    losses = [v for v in (_drawable(values) for _, values in curves) if np.isfinite(v[0])]
+    tame = [v for v in losses if np.nanmax(v) <= 1e3 * v[0]]
+    if 0 < len(tame) < len(losses):
+        axes.set_ylim(min(map(np.nanmin, tame)) / 2, 1e3 * max(v[0] for v in tame))
 
 
 def _apart(

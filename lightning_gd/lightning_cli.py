@@ -22,6 +22,12 @@ from lightning_gd.logger import RunLogger
 from lightning_gd.module import GradientDescentModule
 
 
+# Warnings of Lightning that nothing a user could write would change.
+UNAVOIDABLE = (
+    ".*LeafSpec.* is deprecated",  # raised inside Lightning by a newer torch
+    "Using ModelCheckpoint with manual optimization",  # the state after the update is meant
+)
+
 # What has been imported is known to --model and --data by its short name.
 for package in (models, data):
     for found in pkgutil.iter_modules(package.__path__):
@@ -92,8 +98,8 @@ def run() -> None:
     """Parse `sys.argv` and run; every process of a run leaves its group together."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    # Raised inside Lightning by a newer torch; nothing that a user could change.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    for message in UNAVOIDABLE:
+        warnings.filterwarnings("ignore", message=message)
     CommandLine()
     if dist.is_available() and dist.is_initialized():
         dist.barrier()  # without it a process may abort while another still talks to it

@@ -185,10 +185,10 @@ class GradientDescentModule(LightningModule):
     def _explicit_block(self, batch: Batch) -> None:
         optimizer: Any = self.optimizers()
         step, losses, rows = self.trainer.global_step, [], []
-        due = self._update_due()
-        for x, y, total in batch.shares():
+        due = self._updates_due(batch.sizes.updates)
+        for (x, y, total), update in zip(batch.shares(), due, strict=True):
             self._mean.add(self._own_means(x, y), len(y), total)
-            if not due:
+            if not update:
                 continue
             rows.append(self._mean.rows)
             loss, *gradients = self._mean.reduce(self._test_loss(step))
@@ -201,9 +201,9 @@ class GradientDescentModule(LightningModule):
             self._step_schedulers("step", loss)
             step += 1
             losses.append(loss)
-        if due:
+        if losses:
             self._finish(losses, rows)
-        else:
+        else:  # batches of an update that is not complete are no points on the x axis
             self.trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
         if self.trainer.fit_loop.epoch_loop._num_ready_batches_reached():
             self._step_schedulers("epoch")
@@ -215,11 +215,13 @@ class GradientDescentModule(LightningModule):
         loss, gradients = self._formula(x, y)
         return [loss, *[gradients[name] for name in self._names]]
 
-    def _update_due(self) -> bool:
+    def _updates_due(self, batches: int) -> list[bool]:
+        """Which batches of a block end an update: all, or with accumulation the last, if any."""
         every, loop = self.hparams["accumulate_grad_batches"], self.trainer.fit_loop.epoch_loop
-        if every == 1 or loop.batch_progress.current.ready % every == 0:
-            return True
-        return loop._num_ready_batches_reached()
+        if every == 1:
+            return [True] * batches
+        full = loop.batch_progress.current.ready % every == 0 or loop._num_ready_batches_reached()
+        return [False] * (batches - 1) + [full]
 
     def _step_schedulers(self, interval: str, loss: Tensor | None = None) -> None:
         """What Lightning leaves undone in manual optimization; plateaus wait for their metric."""
@@ -398,7 +400,7 @@ class GradientDescentModule(LightningModule):
     def _end_evaluation(self, part: str) -> None:
         values = {f"{part}/{name}": metric.compute() for name, metric in self._evaluation.items()}
         fitting = self.trainer.state.fn == "fit"
-        self.log_dict(values, logger=not fitting, sync_dist=True)
+        self.log_dict(values, logger=False if fitting else None, sync_dist=True)
         if fitting and not self.trainer.sanity_checking:  # on the axis of the other curves
             self.curves.record(self.trainer.global_step, dict(values))
 

@@ -47,7 +47,9 @@ class CurveMemory(Logger):
         """Keep single values."""
         self.log_points([(step or 0, {tag: float(value) for tag, value in metrics.items()})])
 
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
         """Nothing: only curves are kept."""
 
     def __getitem__(self, tag: str) -> tuple[list[int], list[float]]:
@@ -76,14 +78,18 @@ class Pictures(Callback):
     def __init__(self, worst: int = 20) -> None:
         self.worst = worst
         self.every_n_updates = 0  # blocks of updates end where this says, see BlockSchedule
+        self._folder: Path | None = None
         self._memory = CurveMemory(MOST_KEPT)
         self._lines: list[tuple[int, Tensor]] = []
-        self._at: Tensor | None = None
+        self._at: Tensor | None = None  # where the lines are evaluated, shape [K, 1]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen to what is logged, and ask for one chart of the train and the test loss."""
-        if stage != "fit" or not trainer.loggers:
+        folder = trainer.log_dir if stage == "fit" and trainer.loggers else None
+        self._folder = None if folder is None else Path(folder) / "pictures"
+        if self._folder is None:
             return
+        self._memory, self._lines, self._at = CurveMemory(MOST_KEPT), [], None
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_custom_scalars(shared_chart("train/loss", "test/loss"))
@@ -92,7 +98,7 @@ class Pictures(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The line before the first update, where the data have one feature."""
         table = _tables(trainer).get("train")
-        if not trainer.loggers or table is None or table.raw.shape[1:] != (1,):
+        if self._folder is None or table is None or table.raw.shape[1:] != (1,):
             return
         self._at = torch.linspace(float(table.x.min()), float(table.x.max()), 101)[:, None]
         self._keep_line(trainer, pl_module)
@@ -109,7 +115,7 @@ class Pictures(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw."""
-        if self._memory not in trainer.loggers:
+        if self._folder is None:
             return
         trainer.loggers = [logger for logger in trainer.loggers if logger is not self._memory]
         if not trainer.is_global_zero:
@@ -117,7 +123,7 @@ class Pictures(Callback):
         if self._at is not None and self._lines[-1][0] != trainer.global_step:
             self._keep_line(trainer, pl_module)
         for name, figure in self.figures(_tables(trainer), pl_module).items():
-            _publish(figure, name, trainer)
+            self._publish(figure, name, trainer)
 
     def figures(self, tables: dict[str, Any], pl_module: LightningModule) -> dict[str, Figure]:
         """The pictures that fit this model and these data, by name."""
@@ -166,6 +172,19 @@ class Pictures(Callback):
             )
         return drawn
 
+    def _publish(self, figure: Figure, name: str, trainer: Trainer) -> None:
+        """Render once, for the file and for TensorBoard; `add_figure` would render once more."""
+        assert self._folder is not None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        (self._folder / f"{name}.png").write_bytes(buffer.getvalue())
+        width, height = figure.canvas.get_width_height()
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                size = (height, width)
+                _add_png(logger, f"pictures/{name}", buffer.getvalue(), size, trainer.global_step)
+
 
 def _tables(trainer: Trainer) -> dict[str, Any]:
     data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -182,26 +201,11 @@ def _predict(module: LightningModule, x: Tensor) -> Tensor:
         module.train(training)
 
 
-def _publish(figure: Figure, name: str, trainer: Trainer) -> None:
-    """Render once, for the file and for TensorBoard; `add_figure` would render a second time."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    first: Any = trainer.loggers[0]
-    # Not trainer.log_dir, which is a collective call.
-    folder = Path(getattr(first, "log_dir", None) or first.save_dir or ".") / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.png").write_bytes(buffer.getvalue())
-    width, height = figure.canvas.get_width_height()
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            _add_png(logger, f"pictures/{name}", buffer.getvalue(), (height, width), trainer)
-
-
 def _add_png(
-    logger: TensorBoardLogger, tag: str, png: bytes, size: tuple[int, int], trainer: Trainer
+    logger: TensorBoardLogger, tag: str, png: bytes, size: tuple[int, int], step: int
 ) -> None:
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
     image = Summary.Image(height=size[0], width=size[1], colorspace=4, encoded_image_string=png)
     summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-    logger.experiment._get_file_writer().add_summary(summary, trainer.global_step)
+    logger.experiment._get_file_writer().add_summary(summary, step)

@@ -64,7 +64,7 @@ class EndTable(Callback):
             table.add_row(name, text)
         console = Console()
         # A path is never broken: the terminal wraps what is too long, and it can still be copied.
-        console.width = max(console.width, console.measure(table).maximum)
+        console.width = max(console.width, Console(width=10_000).measure(table).maximum)
         console.print(table)
 
 

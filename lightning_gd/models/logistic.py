@@ -31,6 +31,12 @@ class LogisticParity(ParityRegressor):
         d = -y * torch.sigmoid(-y * self(x)) / len(y)
         return {"weight": d @ x, "bias": d.sum()}
 
+    def loss_and_gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Gradients]:
+        """Both from the same scores."""
+        margin = y * self(x)
+        d = y * torch.sigmoid(-margin) / -len(y)
+        return -logsigmoid(margin).mean(), {"weight": d @ x, "bias": d.sum()}
+
     def metrics(self) -> dict[str, Metric]:
         """Those of the decision ŷ > 0, and the mean squared error of the scores."""
         return {"mse": MeanSquaredError(), **decision_metrics()}

@@ -96,8 +96,8 @@ class ParityMLP(GradientDescentModule):
             d = (prediction - y) * (2 / len(y))
         else:
             d = -y * torch.sigmoid(-y * prediction) / len(y)
-        delta = torch.outer(d, self.weight)  # d wᵀ, then ⊙ φ′
-        delta *= h.sign() if self._relu else 1 - h.square()
+        slope = h.sign() if self._relu else 1 - h.square()  # φ′: relu's h is never negative
+        delta = slope.mul_(self.weight).mul_(d[:, None])  # d wᵀ ⊙ φ′ without a second [N, H]
         return {
             "hidden_weight": delta.T @ x,
             "hidden_bias": delta.sum(0),

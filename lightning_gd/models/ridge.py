@@ -43,6 +43,12 @@ class RidgeRegression(LinearRegression):
         r = self(x) - y
         return {"weight": 2 * (r @ x) / len(r) + 2 * self.alpha * self.weight, "bias": 2 * r.mean()}
 
+    def loss_and_gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Gradients]:
+        """Both from the same residuals: those of least squares, and the penalty's added."""
+        loss, gradients = super().loss_and_gradients(x, y)
+        gradients["weight"] += 2 * self.alpha * self.weight
+        return loss + self.alpha * self.weight.dot(self.weight), gradients
+
     def metrics(self) -> dict[str, Metric]:
         """The mean squared error, which leaves the penalty out."""
         return {"mse": MeanSquaredError()}

@@ -6,15 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from lightning_gd.notebooks.comparison import Close, Law
 from lightning_gd.notebooks.golden import Entry, experiment
 from lightning_gd.notebooks.training import ROADS, Run, descend, landscape, table
+from lightning_gd.notebooks.verdicts import Close, Law
 from lightning_gd.reference import Descent, gradient_descent
 
 # Weight and bias from which nn.Linear had started, solved for from the digits that were printed:
 # 001 from f(5) and its last losses, after 1000 updates more than it says; 004 from f(5) and the
 # first loss. They are known to four digits, and the slow part of the loss to 1 %.
-STARTS = {"nn_linear_rerun_cell34": (0.9533, 0.3465, 1000), "nn_linear_1000": (0.50947, -0.57435, 0)}
+STARTS = {
+    "nn_linear_rerun_cell34": (0.9533, 0.3465, 1000),
+    "nn_linear_1000": (0.50947, -0.57435, 0),
+}
 
 
 @experiment("numpy_sum_gradient", roads=("NumPy 1: dot in float64", "reference"))
@@ -66,8 +69,7 @@ def sum_closed_form(entry: Entry, road: str) -> dict[str, Any]:
     """The sum gradient at λ is the mean gradient at N λ: trained so, it is the same curve."""
     summed, rows, lr = _reference(entry), len(table(entry)[0]), entry.settings["lr"]
     run = descend(entry, road, double=True, lr=rows * lr)
-    curvature, _ = landscape(entry)
-    apart = np.abs(run.weights - summed.weights).max()
+    curvature = landscape(entry).curvature
     return {
         **_laws(entry, run, rows * lr, rel=1e-9),
         "w_values": run.weights[1:],
@@ -75,10 +77,16 @@ def sum_closed_form(entry: Entry, road: str) -> dict[str, Any]:
         "equivalent_mean_lr": rows * lr,
         "lr_max_sum": curvature.max_lr() / rows,
         "lr_max_mean": curvature.max_lr(),
-        "sum at λ, mean at Nλ apart": Close(float(apart), 0.0, abs=1e-13),
+        "sum at λ, mean at Nλ apart": _apart(summed, run),
         "rows": rows,
+        "lr": lr,
+        "steps": entry.steps,
         "gradients": [summed.gradients[0, 0], descend(entry, road, steps=1).gradients[0, 0]],
     }
+
+
+def _apart(summed: Descent, trained: Run) -> Close:
+    return Close(float(np.abs(summed.weights - trained.weights).max()), 0.0, abs=1e-13)
 
 
 def _reference(entry: Entry) -> Descent:
@@ -90,8 +98,8 @@ def _reference(entry: Entry) -> Descent:
 def _laws(
     entry: Entry, run: Run | Descent, lr: float, rel: float, abs_: float = 0.0
 ) -> dict[str, Any]:
-    """w = w*(1 − qᵏ) and L = L₀ q²⁽ᵏ⁻¹⁾ after update k = 1, 2, …, with q = 1 − λ · curvature."""
-    curvature, optimum = landscape(entry)
+    """After update k = 1, 2, …: w = w*(1 − qᵏ) and L = L₀ q²⁽ᵏ⁻¹⁾, where q = 1 − λ · curvature."""
+    _, curvature, optimum = landscape(entry)
     q, target, first = curvature.top_factor(lr), optimum.weight.item(), run.losses[0]
     k = np.arange(1, len(run.losses) + 1)
     w, loss = target * (1 - q**k), first * (q * q) ** (k - 1)
@@ -119,7 +127,7 @@ def mean_closed_form(entry: Entry, road: str) -> dict[str, Any]:
 
 @experiment("torch_autograd_100", "torch_autograd_10", "torch_optim_sgd_10", roads=ROADS)
 def by_epoch(entry: Entry, road: str) -> dict[str, Any]:
-    """y = 2x by the mean gradient, as torch trains it."""
+    """Line y = 2x by the mean gradient, as torch trains it."""
     return _by_epoch(entry, descend(entry, road))
 
 
@@ -128,15 +136,15 @@ def _by_epoch(entry: Entry, run: Run, before: int = 0) -> dict[str, Any]:
     after = np.array((entry.outputs or {})["epochs"]) + before
     return {
         "epochs": after - before,
-        "w_3dp": run.weights[after],
+        "w_3dp": run.weights[after, 0],
         "loss_8dp": run.losses[after - 1],
         "after_f5": run.predict(5.0),
     }
 
 
-@experiment("nn_linear_rerun_cell34", "nn_linear_1000", roads=ROADS)
+@experiment("nn_linear_rerun_cell34", "nn_linear_1000", roads=("formula", "autograd"))
 def with_bias(entry: Entry, road: str) -> dict[str, Any]:
-    """y = 2x with a bias: from the start that was recovered, the digits come back."""
+    """Line y = 2x with a bias: from the start that was recovered, the digits come back."""
     weight, intercept, before = STARTS[entry.experiment]
     run = descend(entry, road, steps=before + entry.steps, weight=[weight], intercept=intercept)
     ours = _by_epoch(entry, run, before)
@@ -147,14 +155,13 @@ def with_bias(entry: Entry, road: str) -> dict[str, Any]:
 @experiment("nn_linear_rate", roads=ROADS)
 def rate(entry: Entry, road: str) -> dict[str, Any]:
     """From any start: once the fast part is gone, the loss falls at the rate of the slow one."""
-    like = Entry(**{**vars(entry), "settings": {"X": [1, 2, 3, 4], "Y": [2, 4, 6, 8], "bias": True}})
+    hessian, curvature, _ = landscape(entry, bias=True)
     lr, every = entry.settings["lr"], entry.steps
-    run = descend(like, road, steps=400, double=True, lr=lr, start="linear")
-    curvature, _ = landscape(like)
-    slow = run.losses[200:]
+    any_start: dict[str, Any] = {"bias": True, "start": "linear"}
+    slow = descend(entry, road, steps=400, double=True, trace=False, **any_start).losses[200:]
     ratios = slow[every:] / slow[:-every]
     return {
-        "hessian": _hessian(like),
+        "hessian": hessian.tolist(),
         "eig": curvature.eigenvalues.tolist(),
         "cond": curvature.condition_number,
         "lr_max": curvature.max_lr(),
@@ -164,7 +171,74 @@ def rate(entry: Entry, road: str) -> dict[str, Any]:
     }
 
 
-def _hessian(entry: Entry) -> list[list[float]]:
-    curvature, _ = landscape(entry)
-    vectors = curvature.eigenvectors
-    return (vectors @ curvature.eigenvalues.diag() @ vectors.T).tolist()
+@experiment("nn_linear_1000_rate", roads=("formula", "one pass"))
+def two_rates(entry: Entry, road: str) -> dict[str, Any]:
+    """The fast part of the loss at first, the slow one at last."""
+    weight, intercept, _ = STARTS["nn_linear_1000"]
+    start = {"bias": True, "weight": [weight], "intercept": intercept}
+    losses = descend(entry, road, steps=1001, double=True, trace=False, **start).losses
+    ratios = losses[entry.steps :: entry.steps] / losses[: -entry.steps : entry.steps]
+    return {"slow_loss_ratio_per_100": ratios[-1], "fast_loss_ratio_per_100": ratios[0]}
+
+
+@experiment("numpy_sum_gradient_11", roads=("reference",))
+def numpy_integers(entry: Entry, road: str) -> dict[str, Any]:
+    """Line y = 3x by the sum gradient, before and after each update."""
+    return _by_step(entry, _reference(entry))
+
+
+def _by_step(entry: Entry, run: Descent) -> dict[str, Any]:
+    steps = np.array((entry.outputs or {})["step"])
+    return {
+        "step": steps,
+        "weight_before": run.weights[steps],
+        "predictions": run.weights[steps] * table(entry)[0],
+        "loss_3dp": run.losses[steps],
+        "w_after_3dp": run.weights[steps + 1],
+        "weight_before_step7": run.weights[7, 0],
+    }
+
+
+@experiment("numpy_sum_gradient_11_rest", roads=("reference",))
+def numpy_integers_rest(entry: Entry, road: str) -> dict[str, Any]:
+    """The steps that the notebook's text has lost, and the law of all."""
+    run, (x, _), lr = _reference(entry), table(entry), entry.settings["lr"]
+    trained = descend(entry, "formula", double=True, lr=len(x) * lr)
+    return {
+        **_by_step(entry, run),
+        "final_rounded_pred": (run.weights[-2] * x).round(3),  # it predicts, then updates
+        # The loss is the square of 1 − w/3, which has cancelled to 1e-4 of w.
+        **_laws(entry, run, len(x) * lr, rel=1e-11),
+        "sum at λ, mean at Nλ apart": _apart(run, trained),
+        "w_end": run.weights[-1, 0],
+        "rows": len(x),
+        "lr": lr,
+        "equivalent_lr": len(x) * lr,
+    }
+
+
+@experiment("torch_autograd_11", "torch_autograd_25", roads=ROADS)
+def by_step(entry: Entry, road: str) -> dict[str, Any]:
+    """Line y = 3x by the mean gradient; the weight printed is that after the step."""
+    run, names = descend(entry, road), entry.outputs or {}
+    steps = np.array(names["step"])
+    return {
+        "step": steps,
+        "grad_4dp": run.gradients[steps],
+        "w_after_4dp": run.weights[steps + 1, 0],
+        "loss_printed": [run.losses[int(step)] for step in names["loss_printed"]],
+        **{n: run.predictions[int(n[5:])] for n in names if n.startswith("pred_")},
+    }
+
+
+@experiment("torch_autograd_rest", roads=ROADS)
+def by_step_rest(entry: Entry, road: str) -> dict[str, Any]:
+    """The steps that the notebook's text has lost, and the law of all."""
+    run, lr = descend(entry, road), entry.settings["lr"]
+    return {
+        "w_after_11": run.weights[11, 0],
+        "loss_step10": run.losses[10],
+        "w_after_25": run.weights[25],
+        "loss_step24": run.losses[24],
+        **_laws(entry, run, lr, rel=2e-5),
+    }

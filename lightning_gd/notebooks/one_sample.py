@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from lightning_gd.derivatives import vjp
-from lightning_gd.notebooks.comparison import Law
 from lightning_gd.notebooks.golden import Entry, experiment
 from lightning_gd.notebooks.training import ROADS, descend, landscape
+from lightning_gd.notebooks.verdicts import Law
 
 ONE = torch.tensor(1.0, dtype=torch.float64)
 
@@ -31,7 +31,7 @@ def chain_rule(entry: Entry, road: str) -> dict[str, Any]:
     return {
         "dl_dy": outer.item(),
         "dy_dw": inner.item(),
-        "dl_dw": run.gradients[0],
+        "dl_dw": run.gradients[0, 0],
         "new_weight": run.weights[1],
         "y_pred_after": run.predictions[1],
         "loss_after": run.losses[1],
@@ -63,9 +63,10 @@ def two_updates(entry: Entry, road: str) -> dict[str, Any]:
 def divergence(entry: Entry, road: str) -> dict[str, Any]:
     """Why the loss rises: the curvature, and six updates that follow from it."""
     run, exact = descend(entry, road), descend(entry, road, double=True)
-    curvature, optimum = landscape(entry)
+    _, curvature, optimum = landscape(entry)
     lr = entry.settings["lr"]
     factor, first = curvature.loss_factor(lr), exact.losses[0]
+    ratios = exact.losses[1:] / exact.losses[:-1]
     predicted = [first * factor**k for k in range(entry.steps)]
     return {
         "error_factor": curvature.top_factor(lr),
@@ -76,10 +77,12 @@ def divergence(entry: Entry, road: str) -> dict[str, Any]:
         "w_star": optimum.weight.tolist(),
         "loss_formula": Law(f"{first:g}*{factor:g}**k", exact.losses, predicted, rel=1e-12),
         "loss_float32": run.losses,
-        "w_float32": run.weights[1:],
-        "error_ratios": (exact.weights[1:, 0] - optimum.weight.item())
-        / (exact.weights[:-1, 0] - optimum.weight.item()),
-        "loss_ratios": exact.losses[1:] / exact.losses[:-1],
+        "w_float32": run.weights[1:, 0],
+        "lr": lr,
+        "w_start": entry.settings["w0"],
+        "error_size": abs(curvature.top_factor(lr)),
+        "loss_ratio_min": ratios.min(),
+        "loss_ratio_max": ratios.max(),
         "at_best": _one_step(entry, road, curvature.best_lr()),
     }
 

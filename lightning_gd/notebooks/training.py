@@ -53,7 +53,8 @@ class Run(NamedTuple):
 class Points(Logger):
     """Keeps the points of the curves, as the model hands them over."""
 
-    name, version = "notebooks", 0
+    name = property(lambda self: "notebooks")
+    version = property(lambda self: 0)
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,6 +128,8 @@ def fit(
             devices=1,
             precision="64-true" if double else "32-true",
             logger=points,
+            log_every_n_steps=1,
+            limit_val_batches=0,
             callbacks=[] if trace is None else [trace],
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -137,13 +140,25 @@ def fit(
         trainer.fit(model, datamodule=data)
         metrics = trainer.test(model, datamodule=data, verbose=False) if test else [{}]
     kept = trace or Trace()
-    arrays = map(np.array, (kept.weights, kept.predictions, kept.gradients))
-    curves = points.curve("train/loss"), points.curve("test/loss")
-    return Run(*curves, *arrays, dict(metrics[0]), model)
+    return Run(
+        points.curve("train/loss"),
+        points.curve("test/loss"),
+        np.array(kept.weights),
+        np.array(kept.predictions),
+        np.array(kept.gradients),
+        dict(metrics[0]),
+        model,
+    )
 
 
 def descend(
-    entry: Entry, road: str, *, steps: int | None = None, double: bool = False, **settings: Any
+    entry: Entry,
+    road: str,
+    *,
+    steps: int | None = None,
+    double: bool = False,
+    trace: bool = True,
+    **settings: Any,
 ) -> Run:
     """Train `LinearRegression` on the points of an entry, from its start and at its rate.
 
@@ -152,6 +167,7 @@ def descend(
         road: One of `ROADS`.
         steps: Updates, if not the entry's.
         double: Train in float64.
+        trace: Record each update; without, only the losses, which is quicker.
         **settings: Of the model, instead of the entry's.
     """
     s, steps = entry.settings, entry.steps if steps is None else steps
@@ -163,7 +179,7 @@ def descend(
         model = on_road(LinearRegression, road, **{**own, **settings})
         return model, PointsData(*table(entry), passes_per_epoch=steps, test_every=0)
 
-    return fit(make, steps, double=double, trace=Trace())
+    return fit(make, steps, double=double, trace=Trace() if trace else None)
 
 
 def on_road(cls: type[LinearRegression], road: str, **settings: Any) -> LinearRegression:
@@ -182,17 +198,26 @@ def _as_written(cls: type[LinearRegression]) -> type[LinearRegression]:
 
 
 def table(entry: Entry) -> tuple[list[float], list[float]]:
-    """The inputs and targets of an entry, one feature."""
-    s = entry.settings
-    x, y = (np.ravel(s.get(name.upper(), s.get(name))).astype(float) for name in "xy")
+    """The inputs and targets of an entry, one feature; y = 2x where it names none."""
+    s, line = entry.settings, {"x": [1, 2, 3, 4], "y": [2, 4, 6, 8]}
+    x, y = (np.ravel(s.get(k.upper(), s.get(k, line[k]))).astype(float) for k in line)
     return x.tolist(), y.tolist()
 
 
-def landscape(entry: Entry) -> tuple[Curvature, Optimum]:
-    """The curvature and the optimum of the loss on the points of an entry."""
+class Landscape(NamedTuple):
+    """The loss on the points of an entry: its Hessian, what that says, and the optimum."""
+
+    hessian: torch.Tensor
+    curvature: Curvature
+    optimum: Optimum
+
+
+def landscape(entry: Entry, bias: bool = False) -> Landscape:
+    """From one pass over the points, for a model with or without bias."""
     x, y = (torch.tensor(values, dtype=torch.float64) for values in table(entry))
-    moments, bias = Moments.of(x[:, None], y), entry.settings.get("bias", False)
-    return Curvature(moments.hessian(bias=bias)), moments.optimum(bias=bias)
+    moments = Moments.of(x[:, None], y)
+    hessian = moments.hessian(bias=bias)
+    return Landscape(hessian, Curvature(hessian), moments.optimum(bias=bias))
 
 
 @contextmanager

@@ -57,9 +57,8 @@ class Quantity:
         name: As in the entry.
         printed: What the notebook prints.
         ours: What we found, with as many digits.
-        difference: The largest, absolute.
+        difference: The largest, absolute; 0 where every printed digit is the same.
         agrees: Whether it is within the tolerance.
-        exact: Whether every printed digit is the same.
     """
 
     name: str
@@ -67,7 +66,6 @@ class Quantity:
     ours: str
     difference: float
     agrees: bool
-    exact: bool
 
 
 def compare(entry: Entry, ours: dict[str, Any]) -> list[Quantity]:
@@ -88,7 +86,7 @@ def compare(entry: Entry, ours: dict[str, Any]) -> list[Quantity]:
     if entry.kind == "random" and found:
         return found
     missing = printed.keys() - ours.keys()
-    return found + [Quantity(n, _text(printed[n]), "–", math.inf, False, False) for n in missing]
+    return found + [Quantity(n, _text(printed[n]), "–", math.inf, False) for n in missing]
 
 
 def plain(value: Any) -> Any:
@@ -101,21 +99,20 @@ def _quantity(name: str, printed: Any, ours: Any, rel: float, abs_: float) -> Qu
         return _in_band(name, ours)
     if isinstance(ours, Law):
         measured = _quantity(name, list(ours.predicted), list(ours.measured), ours.rel, ours.abs)
-        same = ours.formula == printed
-        agrees = same and measured.agrees
-        return Quantity(name, str(printed), ours.formula, measured.difference, agrees, same)
+        agrees = ours.formula == printed and measured.agrees
+        return Quantity(name, str(printed), ours.formula, measured.difference, agrees)
     if isinstance(ours, Close):
         printed = printed if ours.expected is None else ours.expected
         ours, rel, abs_ = ours.value, ours.rel, ours.abs
     expected, found = list(_flat(printed)), list(_flat(ours))
     if len(expected) != len(found):
-        return Quantity(name, _text(printed), _text(ours), math.inf, False, False)
+        return Quantity(name, _text(printed), _text(ours), math.inf, False)
     pairs = list(zip(expected, found, strict=True))
     gaps = [_gap(a, b) for a, b in pairs]
     limits = [abs_ + rel * _size(a) for a in expected]
     agrees = all(gap <= limit for gap, limit in zip(gaps, limits, strict=True))
     shown = " ".join(_as(a, b) for a, b in pairs)
-    return Quantity(name, _text(printed), shown, max(gaps), agrees, not any(gaps))
+    return Quantity(name, _text(printed), shown, max(gaps), agrees)
 
 
 def _in_band(name: str, ours: Band) -> Quantity:
@@ -125,7 +122,7 @@ def _in_band(name: str, ours: Band) -> Quantity:
     outside = max(low - ours.value, ours.value - high, 0.0)
     outside = math.inf if math.isnan(ours.value) else outside
     agrees = outside <= unit
-    return Quantity(name, ours.band, _as(ends[0], ours.value), outside, agrees, agrees)
+    return Quantity(name, ours.band, _as(ends[0], ours.value), outside, agrees)
 
 
 def _flat(value: Any) -> Iterator[Any]:
