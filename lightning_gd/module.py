@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
 
-from lightning_gd.batch import Batch, whole
+from lightning_gd.batch import Batch
 from lightning_gd.blocks import BlockSchedule
-from lightning_gd.curves import Curves
 from lightning_gd.distributed import RowMean, reduce_sum, world_size
+from lightning_gd.evaluation import EvaluatedModule
+from lightning_gd.leastsquares import LeastSquares
+from lightning_gd.moments import Moments
 from lightning_gd.optimizers import build_optimizer, build_scheduler, needs_metric
 from lightning_gd.refusals import check_settings, check_trainer
 
 Gradients = dict[str, Tensor]
+BASIS = ("forward", "loss", "gradients")  # what the optional formulas rest on
 
 
-class GradientDescentModule(LightningModule):
+class GradientDescentModule(EvaluatedModule):
     """A model trained with the gradient that its author derived, or with autograd's.
 
     A subclass writes `forward`, `loss` (a mean over the rows it is given, plus terms of the
     parameters alone) and beneath it `gradients`, the gradient of exactly that loss, keyed by
     the names of `named_parameters()`. Its `__init__` takes `**kwargs` and passes them here.
 
-    Optional: `loss_and_gradients(x, y)`, both from one forward pass. It counts only for the
-    class that defines it: a subclass that overrides `forward`, `loss` or `gradients` starts
-    anew.
+    Optional: `loss_and_gradients(x, y)`, both from one forward pass; for least squares
+    `gradients_from_moments(moments)` with `loss_from_moments(moments)`, which need no rows. They
+    count only for the class that defines them: a subclass that overrides `forward`, `loss` or
+    `gradients` starts anew.
 
     Args:
         gradient: `explicit` trains from the formula `gradients` by manual optimization,
             `autograd` from the derivative of `loss` by Lightning's automatic optimization.
-        lr: Learning rate λ of the update w ← w − λ ∂L/∂w.
+        lr: Learning rate λ of the update w ← w − λ ∂L/∂w; `auto` is 1/λmax of the curvature,
+            for the full batch of a least-squares loss with SGD.
         momentum: Momentum of the optimizer; 0 for none.
         optimizer: A class of `torch.optim` that needs no closure, or a dotted path to one.
         optimizer_args: Further arguments of that class, such as `{"nesterov": true}`.
@@ -46,6 +50,8 @@ class GradientDescentModule(LightningModule):
             their rows, before an update. On the autograd road set the Trainer's.
         updates_per_step: The most updates in one `training_step` of the explicit road; null
             chooses by the size of the data. A block ends early where something must happen.
+        moments: Read the data once and make every full-batch update from its moments xᵀx, xᵀy:
+            the same numbers at a price that does not grow with the rows. Explicit road only.
 
     Raises:
         ValueError: If a setting is out of range, naming it, its value and the accepted form.
@@ -54,7 +60,7 @@ class GradientDescentModule(LightningModule):
     def __init__(
         self,
         gradient: Literal["explicit", "autograd"] = "explicit",
-        lr: float = 0.01,
+        lr: float | Literal["auto"] = 0.01,
         momentum: float = 0.0,
         optimizer: str = "SGD",
         optimizer_args: dict[str, Any] | None = None,
@@ -65,27 +71,20 @@ class GradientDescentModule(LightningModule):
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         accumulate_grad_batches: int = 1,
         updates_per_step: int | None = None,
+        moments: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         check_settings(self.hparams)
         self.automatic_optimization = gradient == "autograd"
-        self.curves = Curves()
         self._mean = RowMean()
         self._epoch_loss = [0.0, 0]  # Σ loss · rows of the epoch so far, Σ rows
-        self._test: Batch | None = None
+        self._test: Batch | Moments | None = None
+        self._train: Moments | None = None  # where updates need no rows
+        self._squares: LeastSquares | None = None
         self._test_every = 0
 
     # What a model says
-
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss: a mean over the rows, plus terms of the parameters alone.
-
-        Args:
-            x: Inputs, shape [N, D] or what `forward` takes.
-            y: Targets, shape [N].
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define loss(x, y)")
 
     def gradients(self, x: Tensor, y: Tensor) -> Gradients:
         """The gradient of `loss`, derived by hand: one entry for each name of a parameter."""
@@ -97,13 +96,17 @@ class GradientDescentModule(LightningModule):
         """The loss and its gradient; override it where one forward pass serves both."""
         return self.loss(x, y), self.gradients(x, y)
 
-    def metrics(self) -> dict[str, Metric]:
-        """Fresh torchmetrics objects for an evaluation, by name, fed `(prediction, target)`.
+    def gradients_from_moments(self, moments: Moments) -> Gradients:
+        """The gradient of `loss` over the rows that `moments` sums up."""
+        raise NotImplementedError(f"{type(self).__name__} has no formula from moments")
 
-        `loss`, the mean of the loss over all rows, is always there; return one of that name
-        to compute it from predictions instead.
-        """
-        return {}
+    def loss_from_moments(self, moments: Moments) -> Tensor:
+        """`loss` over the rows that `moments` sums up."""
+        raise NotImplementedError(f"{type(self).__name__} has no formula from moments")
+
+    def loss_and_gradients_from_moments(self, moments: Moments) -> tuple[Tensor, Gradients]:
+        """Both; override it where one product of matrix and vector serves both."""
+        return self.loss_from_moments(moments), self.gradients_from_moments(moments)
 
     # Set-up
 
@@ -119,11 +122,14 @@ class GradientDescentModule(LightningModule):
     def configure_callbacks(self) -> list:
         """Add none; as the first hook of a run it refuses what cannot work."""
         check_trainer(self.trainer, self.hparams)
+        self._squares = None
         return []
 
     def configure_optimizers(self) -> Any:
         """The optimizer and the scheduler that the settings name."""
         h = self.hparams
+        if h["lr"] == "auto":
+            self._set_lr(self._auto_lr())
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = build_optimizer(
             h["optimizer"], trained, h["lr"], h["momentum"], h["optimizer_args"] or {}
@@ -137,6 +143,35 @@ class GradientDescentModule(LightningModule):
             config["monitor"] = self.watched
         return {"optimizer": optimizer, "lr_scheduler": config}
 
+    def _auto_lr(self) -> float:
+        reason = "SGD is needed" if self.hparams["optimizer"] != "SGD" else self._no_moments()
+        if reason:
+            raise ValueError(f"lr='auto' is 1/λmax of a full-batch least-squares loss: {reason}")
+        assert self.squares is not None
+        return self.squares.curvature.auto_lr
+
+    def _set_lr(self, lr: float) -> None:
+        self._set_hparams({"lr": lr})
+        self._hparams_initial = copy.deepcopy(self._hparams)  # what loggers are told
+
+    def _no_moments(self) -> str | None:
+        """Why moments cannot stand for the training rows of this run; `None` if they can."""
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if self.squares is None:
+            return f"{type(self).__name__} with these data has no formula from moments"
+        if data.batch_size is not None:
+            return f"batch_size={data.batch_size} is not the full batch (null)"
+        return None
+
+    @property
+    def squares(self) -> LeastSquares | None:
+        """What this run knows of its least-squares loss; `None` for another loss or data."""
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        own = self._own("gradients_from_moments", BASIS) and self._own("loss_from_moments", BASIS)
+        if self._squares is None and own and hasattr(data, "moments"):
+            self._squares = LeastSquares(self, data)
+        return self._squares
+
     @property
     def watched(self) -> str:
         """The metric that selection looks at: never one of the test data."""
@@ -146,14 +181,21 @@ class GradientDescentModule(LightningModule):
         """Choose the formula, and take this process's rows for the test curve."""
         self._names = [name for name, p in self.named_parameters() if p.requires_grad]
         self._trained = [p for p in self.parameters() if p.requires_grad]
-        one_pass = self._own("loss_and_gradients", ("forward", "loss", "gradients"))
+        one_pass = self._own("loss_and_gradients", BASIS)
         self._formula = (
             self.loss_and_gradients
             if one_pass
             else lambda x, y: (self.loss(x, y), self.gradients(x, y))
         )
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        if getattr(data, "test_every", 0) != 0 and "test" in data.tables:
+        draw_test = getattr(data, "test_every", 0) != 0 and "test" in data.tables
+        if self.hparams["moments"]:
+            reason = self._no_moments()
+            if reason:
+                raise ValueError(f"moments=True cannot be: {reason}")
+            self._train = self._moments_of("train")
+            self._test = self._moments_of("test") if draw_test else None
+        elif draw_test:
             self._test = self._here(data.share("test"))
 
     def on_train_start(self) -> None:
@@ -163,6 +205,11 @@ class GradientDescentModule(LightningModule):
             data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
             an_epoch = int(self.trainer.num_training_batches)
             self._test_every = data.test_every or (1 if data.batch_size is None else an_epoch)
+
+    def _moments_of(self, part: str) -> Moments:
+        assert self.squares is not None
+        like = next(self.parameters())
+        return self.squares.moments(part).to(device=like.device, dtype=like.dtype)
 
     @classmethod
     def _own(cls, optional: str, basis: tuple[str, ...]) -> bool:
@@ -187,11 +234,15 @@ class GradientDescentModule(LightningModule):
         step, losses, rows = self.trainer.global_step, [], []
         due = self._updates_due(batch.sizes.updates)
         for (x, y, total), update in zip(batch.shares(), due, strict=True):
-            self._mean.add(self._own_means(x, y), len(y), total)
-            if not update:
-                continue
-            rows.append(self._mean.rows)
-            loss, *gradients = self._mean.reduce(self._test_loss(step))
+            if self._train is None:
+                self._mean.add(self._own_means(x, y), len(y), total)
+                if not update:
+                    continue
+                rows.append(self._mean.rows)
+                loss, *gradients = self._mean.reduce(self._test_loss(step))
+            else:  # the same on every process: nothing to reduce
+                rows.append(total)
+                loss, *gradients = [*self._means_of(self._train), *self._test_loss(step)]
             for parameter, gradient in zip(self._trained, gradients, strict=False):
                 parameter.grad = gradient
             test = gradients[len(self._trained) :]
@@ -213,6 +264,11 @@ class GradientDescentModule(LightningModule):
         if len(y) == 0:
             return [self._trained[0].new_zeros(()), *map(torch.zeros_like, self._trained)]
         loss, gradients = self._formula(x, y)
+        return [loss, *[gradients[name] for name in self._names]]
+
+    def _means_of(self, moments: Moments) -> list[Tensor]:
+        """Loss and gradients over all rows of all processes, from their moments."""
+        loss, gradients = self.loss_and_gradients_from_moments(moments)
         return [loss, *[gradients[name] for name in self._names]]
 
     def _updates_due(self, batches: int) -> list[bool]:
@@ -284,6 +340,8 @@ class GradientDescentModule(LightningModule):
         """This process's part of the test loss, where the curve has a point at `step`."""
         if self._test is None or step % self._test_every:
             return []
+        if isinstance(self._test, Moments):
+            return [self.loss_from_moments(self._test)]
         return [self._share_of_loss(self._test)]
 
     def _record(self, step: int, loss: Tensor, norm: Tensor, test: list[Tensor]) -> None:
@@ -325,6 +383,11 @@ class GradientDescentModule(LightningModule):
         self.curves.write(self.trainer)
         checkpoint["epoch_loss"] = [float(self._epoch_loss[0]), self._epoch_loss[1]]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model leaves the data of its run behind."""
+        run = {"_test": None, "_train": None, "_squares": None, "_formula": None}
+        return {**super().__getstate__(), **run}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the mean of an unfinished epoch."""
         self._epoch_loss = list(checkpoint.get("epoch_loss", [0.0, 0]))
@@ -333,6 +396,8 @@ class GradientDescentModule(LightningModule):
     def final_losses(self) -> dict[str, Tensor]:
         """`train/loss` over all training rows at the present weights, if they can be had."""
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if self._train is not None:
+            return {"train/loss": self.loss_from_moments(self._train)}
         if not hasattr(data, "share"):
             return {}
         return {"train/loss": reduce_sum(self._share_of_loss(self._here(data.share("train"))))}
@@ -345,76 +410,3 @@ class GradientDescentModule(LightningModule):
         """Σ over this process's rows, divided by the rows of all; their sum is the loss."""
         x, y, total = next(batch.shares())
         return self.loss(x, y).to(y) * (len(y) / total) if len(y) else y.new_zeros(())
-
-    def _as_batch(self, batch: Any) -> Batch:
-        """Accept `(x, y)` of other loaders too; their rows are counted over the processes."""
-        if not isinstance(batch, Batch):
-            x, y = batch
-            total = torch.tensor(float(len(y)), device=y.device)
-            batch = whole(x, y, int(reduce_sum(total)))
-        check_shapes(batch.x, batch.y)
-        return batch
-
-    # Evaluation
-
-    def on_validation_epoch_start(self) -> None:
-        self._start_evaluation()
-
-    def on_test_epoch_start(self) -> None:
-        self._start_evaluation()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        self._end_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._end_evaluation("test")
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The predictions ŷ for the rows of this batch, shape [N]."""
-        return self(self._as_batch(batch).x)
-
-    def _start_evaluation(self) -> None:
-        self._evaluation = {"loss": MeanMetric(), **self.metrics()}
-        for metric in self._evaluation.values():
-            metric.to(self.device)
-            if self.device.type != "mps":  # which knows no float64
-                metric.set_dtype(torch.float64)
-
-    def _evaluate(self, batch: Any) -> None:
-        x, y, _ = next(self._as_batch(batch).shares())
-        if len(y) == 0:
-            return
-        predictions = self(x)
-        for metric in self._evaluation.values():
-            if isinstance(metric, MeanMetric):
-                metric.update(self.loss(x, y), len(y))
-            else:
-                metric.update(predictions, y)
-
-    def _end_evaluation(self, part: str) -> None:
-        values = {f"{part}/{name}": metric.compute() for name, metric in self._evaluation.items()}
-        fitting = self.trainer.state.fn == "fit"
-        self.log_dict(values, logger=False if fitting else None, sync_dist=True)
-        if fitting and not self.trainer.sanity_checking:  # on the axis of the other curves
-            self.curves.record(self.trainer.global_step, dict(values))
-
-
-def check_shapes(x: Tensor, y: Tensor) -> None:
-    """Refuse shapes that would broadcast silently.
-
-    Raises:
-        ValueError: Naming both shapes.
-    """
-    if x.ndim < 2 or y.ndim != 1 or len(x) != len(y) and len(y) > 0:
-        raise ValueError(
-            f"a batch needs x of shape [N, D] and y of shape [N]; got x {list(x.shape)} and "
-            f"y {list(y.shape)}"
-        )
-
-

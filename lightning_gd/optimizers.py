@@ -78,7 +78,9 @@ def _find(name: str, module: str, base: type, setting: str) -> type:
         classes = [key for key, value in vars(found).items() if _concrete(value, base)]
         near = difflib.get_close_matches(name, classes, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{setting}={name!r} is none of {module}; {hint}known: {', '.join(classes)}")
+        raise ValueError(
+            f"{setting}={name!r} is none of {module}; {hint}known: {', '.join(classes)}"
+        )
     return cls
 
 
@@ -94,5 +96,3 @@ def _check_arguments(setting: str, name: str, cls: type, args: dict[str, Any]) -
         raise ValueError(
             f"{setting}={name!r} cannot take {args}: {error}; it accepts {accepted}"
         ) from error
-
-

@@ -57,7 +57,10 @@ def check_settings(h: Mapping[str, Any]) -> None:
         ValueError: Naming the first setting that is out of range.
     """
     one_of("gradient", h["gradient"], ("explicit", "autograd"))
-    number("lr", h["lr"], above=0)
+    if isinstance(h["lr"], str):
+        one_of("lr", h["lr"], ("auto", "a finite number above 0"))
+    else:
+        number("lr", h["lr"], above=0)
     number("momentum", h["momentum"], least=0)
     if h["momentum"] >= 1:
         raise ValueError(f"momentum={h['momentum']!r} must be below 1, or no update ever fades")
@@ -67,6 +70,12 @@ def check_settings(h: Mapping[str, Any]) -> None:
     one_of("gradient_clip_algorithm", h["gradient_clip_algorithm"], ("norm", "value"))
     whole_number("accumulate_grad_batches", h["accumulate_grad_batches"], 1)
     whole_number("updates_per_step", h["updates_per_step"], 1, optional=True)
+    if h["moments"] and (h["gradient"] != "explicit" or h["accumulate_grad_batches"] > 1):
+        raise ValueError(
+            "moments=True trains from a formula over the full batch: it needs gradient='explicit' "
+            f"and accumulate_grad_batches=1, not {h['gradient']!r} and "
+            f"{h['accumulate_grad_batches']!r}"
+        )
     for name, owner in (("optimizer_args", "optimizer"), ("scheduler_args", "scheduler")):
         if h[name] is not None and not isinstance(h[name], dict):
             raise ValueError(f"{name}={h[name]!r} must map arguments of the {owner} to values")

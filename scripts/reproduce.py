@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from lightning_gd.notebooks.golden import NOTEBOOKS, entries
 
@@ -53,28 +54,29 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Reproduce, print a table a notebook and the closing line."""
     from lightning_gd.notebooks import reproduction as r  # takes seconds to import
 
-    chosen = sorted(arguments.notebooks) or list(NOTEBOOKS)
+    chosen = sorted(set(arguments.notebooks)) or list(NOTEBOOKS)
     try:
         root = arguments.data_root
         digits = r.notebook_digits(root, arguments.download) if root and "002" in chosen else None
-        results = list(
-            track(
-                r.reproduce(chosen, digits),
-                description="reproducing",
-                total=len(entries(chosen)),
-                console=Console(stderr=True),
-                transient=True,
-                disable=not sys.stderr.isatty(),
-            )
-        )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    progress = track(
+        r.reproduce(chosen, digits),
+        description="reproducing",
+        total=len(entries(chosen)),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    results = list(progress)
     for notebook in chosen:
         mine = [result for result in results if notebook in result.entry.notebooks]
         r.show(console, notebook, mine)
         if arguments.explain:
-            console.print(Panel(r.lesson(notebook, mine), title=f"{notebook} explained"))
+            console.print(
+                Panel(Text(r.lesson(notebook, mine).strip()), title=f"{notebook} explained")
+            )
     console.print(r.closing_line(results), highlight=False)
     verdicts = {result.verdict for result in results}
     failing = {"differs", "needs data"} if arguments.require_all else {"differs"}

@@ -22,6 +22,7 @@ from lightning_gd.data.tensors import Table, TensorDataModule
 from lightning_gd.gradcheck import check_gradients
 
 CASES = settings(max_examples=50, deadline=None)
+SIZES = st.sampled_from([1, 7]) | st.integers(1, 40)
 
 
 def own_choices(model_class):
@@ -41,13 +42,13 @@ def rebuild(model, **changes):
 
 
 @st.composite
-def problems(draw, model_class, rows=st.sampled_from([1, 7]) | st.integers(1, 40)):
+def problems(draw, model_class, rows=SIZES):
     """A model in float64 with any of its settings, at its start or elsewhere, and a batch."""
     model, x, y = model_class.example_batch()
     changes = {name: draw(st.sampled_from(v)) for name, v in own_choices(model_class).items()}
     shape = [draw(rows), *x.shape[1:]]
     if "num_features" in model.hparams:
-        shape[1] = changes["num_features"] = draw(st.sampled_from([1, 7]) | st.integers(1, 20))
+        shape[1] = changes["num_features"] = draw(SIZES)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     moved = rebuild(model, **changes)
     if draw(st.booleans()):
@@ -75,7 +76,7 @@ def by_autograd(model, x, y):
 def assert_same(found, expected):
     # Sums of at most 40 terms of size 1 to 100 are exact to 1e-13 of their largest term, which
     # may cancel: hence a bound on each entry beside the largest one of all.
-    largest = max(float(value.abs().max()) for value in expected.values())
+    largest = max(value.abs().max().item() for value in expected.values())
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12 * (1 + largest))
 
@@ -109,12 +110,12 @@ def test_gradients_are_the_slope_of_the_loss(model_class, data):
     def loss_at(t):
         for name, parameter in trained(model).items():
             parameter.copy_(start[name] + t * ways[name] / length)
-        return float(model.loss(x, y))
+        return model.loss(x, y).item()
 
     h = 1e-6
     before, after, here = loss_at(-h), loss_at(h), loss_at(0)
     gradients = model.gradients(x, y)
-    slope = float(sum((gradients[n] * ways[n]).sum() for n in ways) / length)
+    slope = (sum((gradients[n] * ways[n]).sum() for n in ways) / length).item()
     # What a kink of relu adds to the second difference it adds, over 2h, to the error; such
     # places, and no smooth ones, are left out where that is too much. Rounding of the loss, 1e-16
     # of it, is divided by h.
@@ -128,7 +129,7 @@ def test_gradients_are_the_slope_of_the_loss(model_class, data):
 def test_one_pass_gives_the_loss_and_the_gradients(model_class, data):
     model, x, y = data.draw(problems(model_class))
     loss, gradients = model.loss_and_gradients(x, y)
-    assert float(loss) == pytest.approx(float(model.loss(x, y)), rel=1e-13, abs=1e-14)
+    assert loss.item() == pytest.approx(model.loss(x, y).item(), rel=1e-13, abs=1e-14)
     assert_same(gradients, model.gradients(x, y))
 
 
@@ -138,8 +139,8 @@ def test_loss_and_gradients_are_means_over_rows(model_class, data):
     model, x, y = data.draw(problems(model_class, rows=st.integers(2, 40)))
     cut = data.draw(st.integers(1, len(y) - 1))
     parts = [(x[:cut], y[:cut], cut / len(y)), (x[cut:], y[cut:], 1 - cut / len(y))]
-    loss = sum(float(model.loss(x, y)) * weight for x, y, weight in parts)
-    assert float(model.loss(x, y)) == pytest.approx(loss, rel=1e-12)
+    loss = sum(model.loss(x, y).item() * weight for x, y, weight in parts)
+    assert model.loss(x, y).item() == pytest.approx(loss, rel=1e-12)
     shares = [(model.gradients(x, y), weight) for x, y, weight in parts]
     means = {name: sum(g[name] * weight for g, weight in shares) for name in trained(model)}
     assert_same(model.gradients(x, y), means)
@@ -312,17 +313,15 @@ def test_metrics_are_those_of_numpy(model_class, make_trainer, monkeypatch):
     scores, y = model(x).detach().numpy(), targets.numpy()
     odd, called = y > 0, scores > 0
     expected = {
-        "loss": float(model.loss(x, targets)),
+        "loss": model.loss(x, targets).item(),
         "mse": np.mean((scores - y) ** 2),
         "accuracy": np.mean(odd == called),
         "precision": np.sum(odd & called) / np.sum(called),
         "recall": np.sum(odd & called) / np.sum(odd),
         "majority_accuracy": max(odd.mean(), 1 - odd.mean()),
     }
-    assert {"test/loss"} <= found.keys()
-    for name, value in found.items():  # torchmetrics divides counts in float32
-        loose = name.removeprefix("test/") not in ("loss", "mse")
-        assert value == pytest.approx(
-            expected[name.removeprefix("test/")], rel=1e-6 if loose else 1e-12
-        )
-    assert ("test/accuracy" in found) == is_class(y := targets)
+    assert "test/loss" in found and ("test/accuracy" in found) == is_class(targets)
+    for tag, value in found.items():
+        name = tag.removeprefix("test/")
+        counted = name not in ("loss", "mse")  # torchmetrics divides counts in float32
+        assert value == pytest.approx(expected[name], rel=1e-6 if counted else 1e-12)

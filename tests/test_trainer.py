@@ -78,7 +78,9 @@ def test_overfit_batches_repeats_the_first_rows(make_trainer):
     data = RandomRows()
     data.setup()
     x, y = data.tables["train"].x[:3], data.tables["train"].y[:3]
-    assert model.loss(x, y).item() < 1e-2 < model.loss(data.tables["train"].x, data.tables["train"].y)
+    assert (
+        model.loss(x, y).item() < 1e-2 < model.loss(data.tables["train"].x, data.tables["train"].y)
+    )
 
 
 def test_checkpoint_by_step_and_by_metric(make_trainer, tmp_path):
@@ -140,9 +142,7 @@ def test_resume_ends_in_the_same_bits(make_trainer, tmp_path, gradient, data, at
     }
     whole = fit(make_trainer(max_steps=17), data, **settings)
     save = ModelCheckpoint(tmp_path, every_n_train_steps=at, filename="{step}", save_top_k=-1)
-    fit(
-        make_trainer(max_steps=at, callbacks=[save], enable_checkpointing=True), data, **settings
-    )
+    fit(make_trainer(max_steps=at, callbacks=[save], enable_checkpointing=True), data, **settings)
     again = ModelCheckpoint(tmp_path / "2", every_n_train_steps=at, save_top_k=-1)
     trainer = make_trainer(max_steps=17, callbacks=[again], enable_checkpointing=True)
     resumed = fit(trainer, data, ckpt_path=tmp_path / f"step={at}.ckpt", **settings)

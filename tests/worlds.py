@@ -115,4 +115,3 @@ if __name__ == "__main__":
     torch.save(ends, f"{sys.argv[1]}/{world}-{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-

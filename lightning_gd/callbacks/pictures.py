@@ -90,6 +90,7 @@ class Pictures(Callback):
         if self._folder is None:
             return
         self._memory, self._lines, self._at = CurveMemory(MOST_KEPT), [], None
+        self.every_n_updates = 0
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_custom_scalars(shared_chart("train/loss", "test/loss"))

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import shutil
 import tempfile
+from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -112,7 +113,7 @@ def _full(root: Path) -> dict[str, tuple[Tensor, Tensor]]:
                 "--data.download true, or use --data.source offline"
             )
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise ValueError(
+            raise OSError(
                 f"{path} is truncated or altered (its SHA-256 is not that of MNIST): delete it and "
                 "run with --data.download true, or use --data.source offline"
             )
@@ -131,18 +132,34 @@ def _present(root: Path) -> bool:
 
 
 def _download(root: Path) -> None:
-    """Fetch into a folder beside the target and move each verified file into place."""
+    """Fetch into a folder beside the target and move the verified files into place."""
+    raw, failures = root / "MNIST" / "raw", []
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
+            if _fetched(folder, failures):
+                raw.mkdir(parents=True, exist_ok=True)
+                for name in RAW_FILES:
+                    shutil.move(Path(folder) / "MNIST" / "raw" / name, raw / name)
+                return
+    except OSError as error:
+        failures.append(str(error))
+    raise ConnectionError(
+        f"MNIST could not be downloaded into {root} ({'; '.join(failures)}): copy its four files "
+        f"into {raw}, or use --data.source offline"
+    )
+
+
+def _fetched(folder: str, failures: list[str]) -> bool:
+    """Whether one mirror after the other brought all files, with the right checksums."""
     from torchvision.datasets import MNIST
 
-    raw = root / "MNIST" / "raw"
-    try:
-        raw.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
-            MNIST(folder, download=True)
-            for name in RAW_FILES:
-                shutil.move(Path(folder) / "MNIST" / "raw" / name, raw / name)
-    except (OSError, RuntimeError) as error:
-        raise ConnectionError(
-            f"MNIST could not be downloaded into {root} ({error}): copy its four files into "
-            f"{raw}, or use --data.source offline"
-        ) from error
+    for mirror in MNIST.mirrors:
+        # One at a time: torchvision goes on to the next after some failures only.
+        source = type("MNIST", (MNIST,), {"mirrors": [mirror]})
+        try:
+            source(folder, download=True)
+            return True
+        except (OSError, RuntimeError, HTTPException) as error:
+            failures.append(" ".join(str(error).split()) or f"{mirror}: {error!r}")
+    return False

@@ -36,16 +36,15 @@ class PointsData(TensorDataModule):
 
 
 def _table(x: list, y: list) -> Table:
-    widths = sorted({len(row) if isinstance(row, list) else 1 for row in x})
-    if len(x) != len(y) or len(widths) != 1:
+    rows = [row if isinstance(row, list) else [row] for row in x]
+    widths = sorted({len(row) for row in rows})
+    if len(x) != len(y) or len(widths) != 1 or widths == [0]:
         raise ValueError(
             f"x and y need one entry a point, all of one form; got {len(x)} in x with "
             f"{widths} features and {len(y)} in y"
         )
-    inputs = torch.tensor(x, dtype=torch.float64).reshape(len(x), widths[0])
-    targets = torch.tensor(y, dtype=torch.float64)
-    for name, values in (("x", inputs), ("y", targets)):
+    table = Table(torch.tensor(rows) * 1.0, torch.tensor(y) * 1.0)
+    for name, values, given in (("x", table.raw, x), ("y", table.y, y)):
         if not values.isfinite().all():
-            raise ValueError(f"{name} must hold finite numbers; got {values.tolist()}")
-    dtype = torch.get_default_dtype()
-    return Table(inputs.to(dtype), targets.to(dtype))
+            raise ValueError(f"{name} must hold finite numbers of {values.dtype}; got {given}")
+    return table

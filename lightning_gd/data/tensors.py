@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from lightning_gd.batch import Batch, Sizes, whole
+from lightning_gd.moments import Moments
 from lightning_gd.refusals import whole_number
 
 if TYPE_CHECKING:
@@ -58,9 +60,29 @@ class Table:
     def _normalised(self) -> Tensor:
         return self.raw.to(torch.get_default_dtype()).mul_(self.scale).add_(self.shift)
 
+    def moments(self, rank: int = 0, world: int = 1) -> Moments:
+        """The moments of one process's rows, exact for bytes: taken of `raw`, then scaled."""
+        own = Moments.of(self.raw[rank::world], self.y[rank::world])
+        return own.affine(self.scale, self.shift) if own.n else own
+
+    def without_inputs(self) -> Table:
+        """The targets alone, for updates that need no rows."""
+        return Table(self.raw[:, :0], self.y)
+
     def part(self, rows: slice | Tensor) -> Table:
         """The table of some rows; a slice shares memory with this one."""
         return Table(self.raw[rows], self.y[rows], self.scale, self.shift)
+
+
+@runtime_checkable
+class HasBlocks(Protocol):
+    """What the loader asks of a model that takes several updates a step."""
+
+    hparams: Any
+
+    def block_schedule(self) -> BlockSchedule:
+        """Where the blocks of its run end."""
+        ...
 
 
 class GlobalBatches:
@@ -126,9 +148,9 @@ class GlobalBatches:
             return None
         if not self.shuffle:
             return torch.arange(len(self.table))
-        # One seed from two numbers, without collisions for fewer than 2**31 epochs.
-        generator = torch.Generator().manual_seed((self.seed << 31) + epoch)
-        return torch.randperm(len(self.table), generator=generator)
+        # A torch generator would keep 32 bits of one number; this takes two, of any size.
+        source = np.random.SeedSequence(self.seed, spawn_key=(epoch,))
+        return torch.from_numpy(np.random.default_rng(source).permutation(len(self.table)))
 
     def _most(self) -> int:
         full = self.batch_size == len(self.table)
@@ -225,15 +247,20 @@ class TensorDataModule(LightningDataModule):
         """This process's rows of `"train"`, `"val"` or `"test"`, as one update."""
         return share(self.tables[part], *self._place())
 
+    def moments(self, part: str) -> Moments:
+        """The moments of this process's rows of a part, float64."""
+        return self.tables[part].moments(*self._place())
+
     def train_dataloader(self) -> GlobalBatches:
         """Global batches, or blocks of them where the model takes several updates a step."""
-        schedule = None
-        if self.trainer is not None:
-            make = getattr(self.trainer.lightning_module, "block_schedule", None)
-            schedule = make() if make else None
+        schedule, table = None, self.tables["train"]
+        model = None if self.trainer is None else self.trainer.lightning_module
+        if isinstance(model, HasBlocks):
+            schedule = model.block_schedule()
+            table = table.without_inputs() if model.hparams["moments"] else table
         rank, world = self._place()
         return GlobalBatches(
-            self.tables["train"],
+            table,
             self.batch_size,
             shuffle=self.trainer is None or self.trainer.overfit_batches == 0,
             seed=self.seed,
@@ -265,4 +292,3 @@ class TensorDataModule(LightningDataModule):
     def _place(self) -> tuple[int, int]:
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-

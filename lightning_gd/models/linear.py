@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanSquaredError, Metric
 
 from lightning_gd.module import GradientDescentModule, Gradients
+from lightning_gd.moments import Moments
 from lightning_gd.refusals import whole_number
 
 Start = Literal["zeros", "uniform", "linear"]
@@ -77,6 +78,20 @@ class LinearRegression(GradientDescentModule):
         r = self(x) - y
         scaled = r * (2 / len(r))
         return r.dot(r) / len(r), {"weight": scaled @ x, "bias": scaled.sum()}
+
+    def gradients_from_moments(self, moments: Moments) -> Gradients:
+        """∂L/∂w = 2(Cw − c) + 2e m and ∂L/∂b = 2e, e = mᵀw + b − ȳ: no row is read."""
+        return self.loss_and_gradients_from_moments(moments)[1]
+
+    def loss_from_moments(self, moments: Moments) -> Tensor:
+        """L = wᵀCw − 2wᵀc + v + e², with C, c, v the centred moments of x and y."""
+        return moments.loss(self.weight, self.bias)
+
+    def loss_and_gradients_from_moments(self, moments: Moments) -> tuple[Tensor, Gradients]:
+        """Both for one product of matrix and vector."""
+        loss, weight, bias = moments.loss_and_gradients(self.weight, self.bias)
+        assert bias is not None
+        return loss, {"weight": weight, "bias": bias}
 
     def metrics(self) -> dict[str, Metric]:
         """The loss is the mean squared error, so that is what computes it."""

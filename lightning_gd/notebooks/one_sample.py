@@ -81,8 +81,7 @@ def divergence(entry: Entry, road: str) -> dict[str, Any]:
         "lr": lr,
         "w_start": entry.settings["w0"],
         "error_size": abs(curvature.top_factor(lr)),
-        "loss_ratio_min": ratios.min(),
-        "loss_ratio_max": ratios.max(),
+        "loss_ratios": ", ".join(f"{ratio:.6g}" for ratio in ratios),
         "at_best": _one_step(entry, road, curvature.best_lr()),
     }
 

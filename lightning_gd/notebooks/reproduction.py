@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lightning_gd.data.mnist import RAW_FILES
 from lightning_gd.notebooks import autograd, four_points, one_sample  # noqa: F401  register
-from lightning_gd.notebooks.digits import Digits, curve
+from lightning_gd.notebooks.digits import Digits
 from lightning_gd.notebooks.golden import EXPERIMENTS, NOTEBOOKS, Entry, entries
 from lightning_gd.notebooks.verdicts import Quantity, compare, plain
 
@@ -47,16 +47,19 @@ class Result:
 
 
 def notebook_digits(root: str | Path, download: bool = False) -> Digits:
-    """The digits of notebook 002: the first 2,000 and 5,000 of the full MNIST.
+    """The digits of notebook 002: the first 2,000 and 5,000 of the full MNIST, read.
 
     Raises:
         FileNotFoundError: If they are not there and not to be downloaded.
+        ValueError: If a file is not that of MNIST.
     """
     raw = Path(root) / "MNIST" / "raw"
     if not download and not all((raw / name).is_file() for name in RAW_FILES):
         raise FileNotFoundError(f"{raw} does not hold the four files of MNIST; to fetch: {FETCH}")
     source = {"source": "torchvision", "root": str(root), "download": download}
-    return Digits(**source, num_train=2000, num_test=5000)
+    digits = Digits(**source, num_train=2000, num_test=5000)
+    _ = digits.data
+    return digits
 
 
 def reproduce(notebooks: Sequence[str] = (), digits: Digits | None = None) -> Iterator[Result]:
@@ -76,7 +79,11 @@ def reproduce(notebooks: Sequence[str] = (), digits: Digits | None = None) -> It
         found = [
             _worst(of_roads) for of_roads in zip(*(compare(entry, o) for o in ours), strict=True)
         ]
-        yield Result(entry, roads, found, {name: plain(value) for name, value in ours[0].items()})
+        yield Result(entry, roads, found, _facts(ours[0]))
+
+
+def _facts(ours: dict[str, Any]) -> dict[str, Any]:
+    return {name: plain(value) for name, value in ours.items()}
 
 
 def _worst(of_roads: tuple[Quantity, ...]) -> Quantity:
@@ -143,12 +150,12 @@ def lesson(notebook: str, results: Sequence[Result]) -> str:
     """
     facts = {r.entry.experiment: r.facts for r in results}
     facts["digits"] = {"name": "the first 2,000 and 5,000 digits of MNIST"}
-    needing = [r for r in results if r.verdict == "needs data" and r.entry.steps]
+    needing = [r.entry for r in results if r.verdict == "needs data" and r.entry.steps]
     if needing:
-        offline = Digits(source="offline")
+        offline = Digits(scalings=["standard"], source="offline")
         facts["digits"]["name"] = "the 2,000 and 3,000 offline digits, not those of the notebook"
-        for result in needing:
-            ours = curve(result.entry, offline, "standard")
-            facts[result.entry.experiment] = {f"standard: {n}": plain(v) for n, v in ours.items()}
+        for entry in needing:
+            found = EXPERIMENTS[entry.experiment].run(entry, "", offline)
+            facts[entry.experiment] = _facts(found)
     text = files("lightning_gd.notebooks") / "lessons" / f"{notebook}.txt"
     return text.read_text("utf-8").format(**facts)

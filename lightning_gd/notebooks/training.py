@@ -25,11 +25,10 @@ ROADS = ("formula", "one pass", "autograd")
 
 
 class Run(NamedTuple):
-    """What a training did. The arrays are those of runs on points; float64 holds them exactly.
+    """What a training did, in float64, which holds float32 exactly; empty where not traced.
 
     Attributes:
         losses: Before each update, shape [steps].
-        test_losses: Likewise; empty where the test curve is off.
         weights: Before each update and after the last, shape [steps + 1, D].
         predictions: Likewise, shape [steps + 1, N].
         gradients: Of the weights, shape [steps, D].
@@ -38,7 +37,6 @@ class Run(NamedTuple):
     """
 
     losses: np.ndarray
-    test_losses: np.ndarray
     weights: np.ndarray
     predictions: np.ndarray
     gradients: np.ndarray
@@ -142,7 +140,6 @@ def fit(
     kept = trace or Trace()
     return Run(
         points.curve("train/loss"),
-        points.curve("test/loss"),
         np.array(kept.weights),
         np.array(kept.predictions),
         np.array(kept.gradients),

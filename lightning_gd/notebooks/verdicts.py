@@ -118,11 +118,10 @@ def _quantity(name: str, printed: Any, ours: Any, rel: float, abs_: float) -> Qu
 def _in_band(name: str, ours: Band) -> Quantity:
     ends = ours.band.split("–")
     unit = 10.0 ** -_decimals(ends[0])
-    low, high = float(ends[0]), float(ends[-1])
-    outside = max(low - ours.value, ours.value - high, 0.0)
-    outside = math.inf if math.isnan(ours.value) else outside
-    agrees = outside <= unit
-    return Quantity(name, ours.band, _as(ends[0], ours.value), outside, agrees)
+    shown = _as(ends[0], ours.value)
+    value, low, high = float(shown), float(ends[0]), float(ends[-1])
+    outside = math.inf if math.isnan(value) else max(low - value, value - high, 0.0)
+    return Quantity(name, ours.band, shown, outside, outside < 1.5 * unit)
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -172,9 +171,10 @@ def _as(printed: Any, ours: Any) -> str:
     """Our number with the digits of the printed one."""
     if isinstance(ours, bool) or isinstance(printed, bool) or _is_words(printed):
         return "holds" if ours is True or ours == printed else f"does not hold: {ours}"
-    if isinstance(printed, str):
-        return f"{ours:.{_decimals(printed)}f}"
-    return f"{ours:g}" if isinstance(printed, int) else repr(float(ours))
+    if isinstance(printed, int) or printed == 0:
+        return f"{ours:.3g}"
+    mantissa, exponent, _ = str(printed).partition("e")
+    return f"{ours:.{_decimals(mantissa)}{exponent or 'f'}}"
 
 
 def _text(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gd.differences import Batch
+from lightning_gd.gradcheck.differences import Batch
 
 Formula = Callable[[Any, Tensor, Tensor], Mapping[str, Tensor]]
 Both = tuple[dict[str, Any], dict[str, Tensor]]  # explicit, autograd

@@ -1,0 +1,109 @@
+"""What every model is asked after training: losses and metrics, exact over uneven shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+
+from lightning_gd.batch import Batch, whole
+from lightning_gd.curves import Curves
+from lightning_gd.distributed import reduce_sum
+
+
+class EvaluatedModule(LightningModule):
+    """A LightningModule that validates, tests and predicts from `forward`, `loss` and `metrics`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.curves = Curves()
+        self._evaluation: dict[str, Metric] = {}
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss: a mean over the rows, plus terms of the parameters alone.
+
+        Args:
+            x: Inputs, shape [N, D] or what `forward` takes.
+            y: Targets, shape [N].
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define loss(x, y)")
+
+    def metrics(self) -> dict[str, Metric]:
+        """Fresh torchmetrics objects for an evaluation, by name, fed `(prediction, target)`.
+
+        `loss`, the mean of the loss over all rows, is always there; return one of that name
+        to compute it from predictions instead.
+        """
+        return {}
+
+    def on_validation_epoch_start(self) -> None:
+        self._start_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        self._start_evaluation()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._end_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._end_evaluation("test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The predictions ŷ for the rows of this batch, shape [N]."""
+        return self(self._as_batch(batch).x)
+
+    def _start_evaluation(self) -> None:
+        self._evaluation = {"loss": MeanMetric(), **self.metrics()}
+        for metric in self._evaluation.values():
+            metric.to(self.device)
+            if self.device.type != "mps":  # which knows no float64
+                metric.set_dtype(torch.float64)
+
+    def _evaluate(self, batch: Any) -> None:
+        x, y, _ = next(self._as_batch(batch).shares())
+        if len(y) == 0:
+            return
+        predictions = self(x)
+        for metric in self._evaluation.values():
+            if isinstance(metric, MeanMetric):
+                metric.update(self.loss(x, y), len(y))
+            else:
+                metric.update(predictions, y)
+
+    def _end_evaluation(self, part: str) -> None:
+        values = {f"{part}/{name}": metric.compute() for name, metric in self._evaluation.items()}
+        fitting = self.trainer.state.fn == "fit"
+        self.log_dict(values, logger=False if fitting else None, sync_dist=True)
+        if fitting and not self.trainer.sanity_checking:  # on the axis of the other curves
+            self.curves.record(self.trainer.global_step, dict(values))
+
+    def _as_batch(self, batch: Any) -> Batch:
+        """Accept `(x, y)` of other loaders too; their rows are counted over the processes."""
+        if not isinstance(batch, Batch):
+            x, y = batch
+            total = torch.tensor(float(len(y)), device=y.device)
+            batch = whole(x, y, int(reduce_sum(total)))
+        check_shapes(batch.x, batch.y)
+        return batch
+
+
+def check_shapes(x: Tensor, y: Tensor) -> None:
+    """Refuse shapes that would broadcast silently.
+
+    Raises:
+        ValueError: Naming both shapes.
+    """
+    if x.ndim < 2 or y.ndim != 1 or len(x) != len(y) and len(y) > 0:
+        raise ValueError(
+            f"a batch needs x of shape [N, D] and y of shape [N]; got x {list(x.shape)} and "
+            f"y {list(y.shape)}"
+        )
