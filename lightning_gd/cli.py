@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
+from argparse import ArgumentError
 from pathlib import Path
+from traceback import print_exception
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 VERBS = {
@@ -15,6 +18,12 @@ VERBS = {
     "predict": "predict the test rows",
 }
 DEFAULT = "parity"
+
+# Of the parser's message on a value that fits none of several types, all but the reasons.
+_NOISE = re.compile(
+    r"[ -]*(Does not validate against|Subtypes:|Errors:|Given value type:"
+    r"|Given value: (Namespace|NestedArg)\(|Expected a <class 'NoneType'>)"
+)
 
 
 class UsageError(ValueError):
@@ -40,12 +49,13 @@ def main(argv: list[str] | None = None) -> int:
         sys.argv[1:] = resolve(arguments)
         _run()
         return 0
-    except (ValueError, TypeError) as error:
-        return _failed(error, 2, traceback)
-    except (OSError, RuntimeError) as error:
-        return _failed(error, 1, traceback)
     except SystemExit as stop:  # the parser has printed its message
         return stop.code if isinstance(stop.code, int) else 1
+    except Exception as error:
+        if traceback:
+            print_exception(error)
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return 2 if _written_wrong(error) else 1
 
 
 def resolve(arguments: list[str]) -> list[str]:
@@ -68,12 +78,12 @@ def resolve(arguments: list[str]) -> list[str]:
             rest.append(word)
     if not configs and not {"-h", "--help"} & set(rest):
         configs = [_experiment(DEFAULT)]
-    # Files first, wherever they were written: what is typed out wins over them.
-    start = [word for _, path in configs for word in ("--config", path)]
-    if configs:
-        start += ["--experiment", configs[-1][0]]
-    if bare:
-        start += ["--test_after_fit", "true"]
+    # The name of the file, unless one stands in it; then the files, wherever they were written:
+    # what is typed out wins over them.
+    start = ["--experiment", configs[-1][0]] if configs else []
+    start += [word for _, path in configs for word in ("--config", path)]
+    if verb == "fit":
+        start += ["--test_after_fit", "true" if bare else "false"]
     return [verb, *start, *rest]
 
 
@@ -139,8 +149,18 @@ def _run() -> None:
     run()
 
 
-def _failed(error: BaseException, code: int, traceback: bool) -> int:
-    if traceback:
-        raise error
-    print(f"error: {error}", file=sys.stderr)
-    return code
+def _written_wrong(error: Exception) -> bool:
+    """Whether what the user wrote is wrong, as Python, the parser and Lightning call it."""
+    kinds = (ValueError, TypeError, ArgumentError)
+    # Lightning is not imported here.
+    return isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException"
+
+
+def _message(error: Exception) -> str:
+    """The error in one line or a few, without the parser's account of what else it tried."""
+    text = str(error)
+    if "Does not validate against" in text:
+        kept = [line.strip(" -") for line in text.splitlines() if not _NOISE.match(line)]
+        text = " ".join(kept)
+    plain = _written_wrong(error) or isinstance(error, (OSError, RuntimeError))
+    return text if plain else f"{type(error).__name__}: {text}"

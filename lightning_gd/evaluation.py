@@ -40,26 +40,32 @@ class EvaluatedModule(LightningModule):
         return {}
 
     def on_validation_epoch_start(self) -> None:
+        """Begin with fresh metrics."""
         self._start_evaluation()
 
     def on_test_epoch_start(self) -> None:
+        """Begin with fresh metrics."""
         self._start_evaluation()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Feed the metrics."""
         self._evaluate(batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Feed the metrics."""
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
+        """Log the metrics as `val/…`."""
         self._end_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
+        """Log the metrics as `test/…`."""
         self._end_evaluation("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The predictions ŷ for the rows of this batch, shape [N]."""
-        return self(self._as_batch(batch).x)
+        return self(self.as_batch(batch).x)
 
     def _start_evaluation(self) -> None:
         self._evaluation = {"loss": MeanMetric(), **self.metrics()}
@@ -69,7 +75,7 @@ class EvaluatedModule(LightningModule):
                 metric.set_dtype(torch.float64)
 
     def _evaluate(self, batch: Any) -> None:
-        x, y, _ = next(self._as_batch(batch).shares())
+        x, y, _ = next(self.as_batch(batch).shares())
         if len(y) == 0:
             return
         predictions = self(x)
@@ -86,7 +92,7 @@ class EvaluatedModule(LightningModule):
         if fitting and not self.trainer.sanity_checking:  # on the axis of the other curves
             self.curves.record(self.trainer.global_step, dict(values))
 
-    def _as_batch(self, batch: Any) -> Batch:
+    def as_batch(self, batch: Any) -> Batch:
         """Accept `(x, y)` of other loaders too; their rows are counted over the processes."""
         if not isinstance(batch, Batch):
             x, y = batch

@@ -14,7 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_gd import data, models
+from lightning_gd.callbacks.curvature_report import CurvatureReport
+from lightning_gd.callbacks.gradient_check import GradientCheck
 from lightning_gd.callbacks.histograms import WeightHistograms
+from lightning_gd.callbacks.pictures import Pictures
 from lightning_gd.callbacks.progress import UpdateProgressBar
 from lightning_gd.callbacks.report import EndTable
 from lightning_gd.checkpoints import RunCheckpoint
@@ -25,6 +28,7 @@ from lightning_gd.module import GradientDescentModule
 # Warnings of Lightning that nothing a user could write would change.
 UNAVOIDABLE = (
     ".*LeafSpec.* is deprecated",  # raised inside Lightning by a newer torch
+    "`torch.jit.script` is deprecated",  # raised inside torch when torch.func is first used
     "Using ModelCheckpoint with manual optimization",  # the state after the update is meant
 )
 
@@ -61,11 +65,12 @@ class CommandLine(LightningCLI):
             "--test_after_fit", type=bool, default=False, help="Test after the fit."
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(GradientCheck, "gradient_check")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what the user did not choose himself."""
         config = self.config_init[self.subcommand]
-        chosen, callbacks = config["trainer"], [self.table, WeightHistograms()]
+        chosen, callbacks = config["trainer"], [self.table, WeightHistograms(), CurvatureReport(), Pictures()]
         if chosen["enable_progress_bar"] is not False:
             callbacks.append(UpdateProgressBar())
         if chosen["logger"] in (None, True):

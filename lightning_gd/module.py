@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lightning_gd.batch import Batch
 from lightning_gd.blocks import BlockSchedule
@@ -222,7 +223,7 @@ class GradientDescentModule(EvaluatedModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One update by autograd, or a block of updates by the formula."""
-        batch = self._as_batch(batch)
+        batch = self.as_batch(batch)
         if self.automatic_optimization:
             return self._autograd_loss(batch)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
@@ -246,7 +247,7 @@ class GradientDescentModule(EvaluatedModule):
             for parameter, gradient in zip(self._trained, gradients, strict=False):
                 parameter.grad = gradient
             test = gradients[len(self._trained) :]
-            norm = self._clip()
+            norm = self.clip(self._trained)
             self._record(step, loss, norm, test)
             optimizer.step()
             self._step_schedulers("step", loss)
@@ -284,10 +285,11 @@ class GradientDescentModule(EvaluatedModule):
         for config in self.trainer.lr_scheduler_configs:
             if config.interval != interval:
                 continue
-            if not needs_metric(config.scheduler):
-                config.scheduler.step()
+            scheduler: Any = config.scheduler
+            if not needs_metric(scheduler):
+                scheduler.step()
             elif loss is not None:
-                config.scheduler.step(loss)
+                scheduler.step(loss)
 
     # The autograd road
 
@@ -307,7 +309,7 @@ class GradientDescentModule(EvaluatedModule):
         """Clip on the autograd road as on the explicit one."""
         if gradient_clip_val is not None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        self._norm = self._clip()
+        self._norm = self.clip(self._trained)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         """Record the update that autograd makes."""
@@ -322,18 +324,17 @@ class GradientDescentModule(EvaluatedModule):
 
     # Both roads
 
-    def _clip(self) -> Tensor:
-        """Clip the gradients where that is asked for; their norm before."""
+    def clip(self, parameters: list[Parameter]) -> Tensor:
+        """Clip the gradients of `parameters` where that is set; their norm before."""
         limit = self.hparams["gradient_clip_val"]
-        norm = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(p.grad) for p in self._trained])
-        )
+        norms = [torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         if limit is None:
             return norm
         if self.hparams["gradient_clip_algorithm"] == "norm":
-            torch.nn.utils.clip_grads_with_norm_(self._trained, limit, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         else:
-            torch.nn.utils.clip_grad_value_(self._trained, limit)
+            torch.nn.utils.clip_grad_value_(parameters, limit)
         return norm
 
     def _test_loss(self, step: int) -> list[Tensor]:
@@ -371,8 +372,9 @@ class GradientDescentModule(EvaluatedModule):
         if self.automatic_optimization:
             return
         for config in self.trainer.lr_scheduler_configs:
-            if config.interval == "epoch" and needs_metric(config.scheduler):
-                config.scheduler.step(self.trainer.callback_metrics[self.watched])
+            scheduler: Any = config.scheduler
+            if config.interval == "epoch" and needs_metric(scheduler):
+                scheduler.step(self.trainer.callback_metrics[self.watched])
 
     def on_train_end(self) -> None:
         """Write the rest of the curves."""

@@ -26,7 +26,7 @@ def build_optimizer(
         args: Further arguments of the class.
 
     Raises:
-        ValueError: If there is no such class, it needs a closure, or an argument is not its own.
+        ValueError: If there is no such class, it needs a closure, or it refuses an argument.
     """
     cls = _find(name, "torch.optim", Optimizer, "optimizer")
     closure = inspect.signature(cls.step).parameters.get("closure")
@@ -39,8 +39,7 @@ def build_optimizer(
         if key in args:
             raise ValueError(f"optimizer_args must not hold {key}={args[key]!r}: set {key} itself")
     settings = {"lr": lr, **({"momentum": momentum} if momentum else {}), **args}
-    _check_arguments("optimizer", name, cls, settings)
-    return cls(parameters, **settings)
+    return _built("optimizer", name, cls, parameters, settings)
 
 
 def build_scheduler(name: str, optimizer: Optimizer, args: dict[str, Any]) -> LRScheduler:
@@ -52,11 +51,10 @@ def build_scheduler(name: str, optimizer: Optimizer, args: dict[str, Any]) -> LR
         args: Arguments of the class.
 
     Raises:
-        ValueError: If there is no such class, or an argument is not its own.
+        ValueError: If there is no such class, or it refuses an argument.
     """
     cls = _find(name, "torch.optim.lr_scheduler", LRScheduler, "scheduler")
-    _check_arguments("scheduler", name, cls, args)
-    return cls(optimizer, **args)
+    return _built("scheduler", name, cls, optimizer, args)
 
 
 def needs_metric(scheduler: LRScheduler) -> bool:
@@ -88,10 +86,10 @@ def _concrete(value: object, base: type) -> bool:
     return isinstance(value, type) and issubclass(value, base) and value is not base
 
 
-def _check_arguments(setting: str, name: str, cls: type, args: dict[str, Any]) -> None:
+def _built(setting: str, name: str, cls: type, first: Any, args: dict[str, Any]) -> Any:
     try:
-        inspect.signature(cls.__init__).bind(None, None, **args)
-    except TypeError as error:
+        return cls(first, **args)
+    except (TypeError, ValueError) as error:
         accepted = ", ".join(list(inspect.signature(cls).parameters)[1:])
         raise ValueError(
             f"{setting}={name!r} cannot take {args}: {error}; it accepts {accepted}"

@@ -42,8 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     unknown = sorted(set(arguments.notebooks) - NOTEBOOKS.keys())
     if unknown:
         parser().error(f"unknown notebooks {', '.join(unknown)}; known: {', '.join(NOTEBOOKS)}")
-    # Away from a terminal there is no width to keep to.
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    if arguments.download and not arguments.data_root:
+        parser().error("--download needs --data-root, the folder to fetch MNIST into")
+    # Away from a terminal: a width at which both columns of numbers break alike.
+    console = Console(width=None if sys.stdout.isatty() else 151)
     if arguments.list:
         console.print(listing(arguments.notebooks))
         return 0

@@ -86,7 +86,7 @@ class MNISTParityData(TensorDataModule):
                 f"num_{part}={limit} is more than the {len(digits)} digits of source={self.source}"
             )
         odd = digits[:limit].remainder(2).mul(2).sub(1).to(torch.get_default_dtype())
-        return Table(pixels[:limit], odd, *SCALINGS[self.scaling])
+        return Table(pixels[:limit], odd, *SCALINGS[self.scaling], labels=digits[:limit])
 
 
 def _offline() -> dict[str, tuple[Tensor, Tensor]]:

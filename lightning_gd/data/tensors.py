@@ -31,19 +31,27 @@ class Table:
         y: Targets, shape [N].
         scale: Factor on every input.
         shift: Added to every scaled input.
+        labels: What pictures call the rows, such as digits, shape [N].
 
     Raises:
         ValueError: If the shapes do not fit, or there is no row.
     """
 
-    def __init__(self, raw: Tensor, y: Tensor, scale: float = 1.0, shift: float = 0.0) -> None:
+    def __init__(
+        self,
+        raw: Tensor,
+        y: Tensor,
+        scale: float = 1.0,
+        shift: float = 0.0,
+        labels: Tensor | None = None,
+    ) -> None:
         if raw.ndim < 2 or y.shape != raw.shape[:1]:
             raise ValueError(
                 f"x must have shape [N, D] and y [N]; got x {list(raw.shape)}, y {list(y.shape)}"
             )
         if len(y) == 0:
             raise ValueError(f"a table needs at least one row; got x {list(raw.shape)}")
-        self.raw, self.y, self.scale, self.shift = raw, y, scale, shift
+        self.raw, self.y, self.scale, self.shift, self.labels = raw, y, scale, shift, labels
         self._x: Tensor | None = None
 
     def __len__(self) -> int:
@@ -71,7 +79,8 @@ class Table:
 
     def part(self, rows: slice | Tensor) -> Table:
         """The table of some rows; a slice shares memory with this one."""
-        return Table(self.raw[rows], self.y[rows], self.scale, self.shift)
+        labels = None if self.labels is None else self.labels[rows]
+        return Table(self.raw[rows], self.y[rows], self.scale, self.shift, labels)
 
 
 @runtime_checkable
@@ -262,7 +271,7 @@ class TensorDataModule(LightningDataModule):
         return GlobalBatches(
             table,
             self.batch_size,
-            shuffle=self.trainer is None or self.trainer.overfit_batches == 0,
+            shuffle=getattr(self.trainer, "overfit_batches", 0) == 0,
             seed=self.seed,
             passes=self.passes_per_epoch,
             rank=rank,

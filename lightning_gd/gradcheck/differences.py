@@ -69,8 +69,9 @@ def slopes(
 
 def _directions(parameter: Tensor, generator: torch.Generator) -> Tensor:
     n = parameter.numel()
-    rows = torch.eye(n, dtype=parameter.dtype)
-    if n > SMALL:
+    if n <= SMALL:
+        rows = torch.eye(n, dtype=parameter.dtype)
+    else:
         signs = _signs((8, n), parameter.dtype, generator)
         rows = torch.zeros(16, n, dtype=parameter.dtype)
         rows[torch.arange(16), torch.randperm(n, generator=generator)[:16]] = 1

@@ -70,10 +70,8 @@ class Digits:
     @cached_property
     def data(self) -> dict[str, MNISTParityData]:
         """One DataModule a scaling, set up."""
-        found = {
-            s: MNISTParityData(**{**self.source, "scaling": s, "test_every": 0})
-            for s in self.scalings
-        }
+        source = {**self.source, "test_every": 0}
+        found = {s: MNISTParityData(**{**source, "scaling": s}) for s in self.scalings}
         for data in found.values():
             data.prepare_data()
             data.setup("fit")

@@ -95,17 +95,15 @@ def _reference(entry: Entry) -> Descent:
     return gradient_descent(x, y, lr=lr, steps=steps, reduction="sum")
 
 
-def _laws(
-    entry: Entry, run: Run | Descent, lr: float, rel: float, abs_: float = 0.0
-) -> dict[str, Any]:
+def _laws(entry: Entry, run: Run | Descent, lr: float, rel: float) -> dict[str, Any]:
     """After update k = 1, 2, …: w = w*(1 − qᵏ) and L = L₀ q²⁽ᵏ⁻¹⁾, where q = 1 − λ · curvature."""
     _, curvature, optimum = landscape(entry)
     q, target, first = curvature.top_factor(lr), optimum.weight.item(), run.losses[0]
     k = np.arange(1, len(run.losses) + 1)
     w, loss = target * (1 - q**k), first * (q * q) ** (k - 1)
     return {
-        "w": Law(f"{target:g}*(1-{q:g}**k)", run.weights[1:, 0], w, rel, abs_),
-        "loss": Law(f"{first:g}*{q * q:g}**(k-1)", run.losses, loss, rel, abs_),
+        "w": Law(f"{target:g}*(1-{q:g}**k)", run.weights[1:, 0], w, rel),
+        "loss": Law(f"{first:g}*{q * q:g}**(k-1)", run.losses, loss, rel),
     }
 
 

@@ -97,6 +97,7 @@ def _worst(of_roads: tuple[Quantity, ...]) -> Quantity:
 def show(console: Console, notebook: str, results: Sequence[Result]) -> None:
     """Print the table of one notebook."""
     table = Table(title=f"{notebook}  {NOTEBOOKS[notebook]}", title_justify="left", expand=True)
+    table.caption = "ours: by the first road named; difference: the largest over all roads"
     table.add_column("experiment", ratio=1, overflow="fold")
     table.add_column(_grid([("quantity", "notebook", "ours", "difference", "verdict")]), ratio=4)
     for result in results:

@@ -171,7 +171,9 @@ def _as(printed: Any, ours: Any) -> str:
     """Our number with the digits of the printed one."""
     if isinstance(ours, bool) or isinstance(printed, bool) or _is_words(printed):
         return "holds" if ours is True or ours == printed else f"does not hold: {ours}"
-    if isinstance(printed, int) or printed == 0:
+    if isinstance(printed, int):
+        return f"{ours:g}"
+    if printed == 0:
         return f"{ours:.3g}"
     mantissa, exponent, _ = str(printed).partition("e")
     return f"{ours:.{_decimals(mantissa)}{exponent or 'f'}}"

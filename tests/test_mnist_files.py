@@ -1,0 +1,230 @@
+"""Files of MNIST: what is missing, damaged or downloaded, by torchvision's own downloader."""
+
+import contextlib
+import gc
+import gzip
+import hashlib
+import os
+import struct
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+import torchvision
+
+from lightning_gd import MNISTParityData
+from lightning_gd.data import mnist
+
+MNIST_ROOT = os.environ.get("MNIST_ROOT", "")
+needs_mnist = pytest.mark.skipif(not MNIST_ROOT, reason="MNIST_ROOT does not name a full MNIST")
+
+# Torchvision leaves responses open; the garbage collector closes them, here at the latest.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected():
+    yield
+    gc.collect()
+
+
+def loaded(data):
+    data.prepare_data()
+    data.setup("fit")
+    return data.tables
+
+
+def idx(array):
+    """The IDX form: two zeros, 8 for bytes, the rank, the sizes, the bytes."""
+    sizes = struct.pack(f">{array.ndim}I", *array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+
+
+def small_files():
+    rng, files = np.random.default_rng(0), {}
+    for prefix, rows in (("train", 30), ("t10k", 12)):
+        pixels = rng.integers(0, 256, (rows, 28, 28), dtype=np.uint8)
+        files[f"{prefix}-images-idx3-ubyte"] = idx(pixels)
+        files[f"{prefix}-labels-idx1-ubyte"] = idx(np.arange(rows, dtype=np.uint8) % 10)
+    return files
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Four small files in the place of MNIST's, with checksums of their own."""
+    files = small_files()
+    for name, content in files.items():
+        monkeypatch.setitem(mnist.RAW_FILES, name, hashlib.sha256(content).hexdigest())
+    return files
+
+
+def written(root, files):
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, content in files.items():
+        (raw / name).write_bytes(content)
+    return raw
+
+
+def test_files_in_a_folder(small, tmp_path):
+    raw = written(tmp_path, small)
+    tables = loaded(MNISTParityData(source="torchvision", root=str(tmp_path), download=False))
+    assert tables["train"].y.tolist() == [-1, 1] * 15 and len(tables["test"]) == 12
+    pixels = np.frombuffer(small["t10k-images-idx3-ubyte"][16:], np.uint8).reshape(12, 784)
+    np.testing.assert_array_equal(tables["test"].raw.numpy(), pixels)
+    with pytest.raises(ValueError, match="num_train=31 .*30 .*torchvision"):
+        loaded(MNISTParityData(source="torchvision", root=str(tmp_path), num_train=31))
+    assert {path.name for path in raw.iterdir()} == set(small)
+
+
+DAMAGE = {
+    "truncated": lambda content: content[:-1],
+    "empty": lambda content: b"",
+    "altered": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "longer": lambda content: content + b"\0",
+    "another magic number": lambda content: b"\1" + content[1:],
+}
+
+
+@pytest.mark.parametrize("name", mnist.RAW_FILES)
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files_are_named(small, tmp_path, name, damage):
+    raw = written(tmp_path, {**small, name: damage(small[name])})
+    with pytest.raises(OSError, match="truncated or altered.*--data.source offline") as error:
+        loaded(MNISTParityData(source="torchvision", root=str(tmp_path)))
+    assert str(raw / name) in str(error.value)
+
+
+@pytest.mark.parametrize("missing", mnist.RAW_FILES)
+def test_missing_files_are_named(small, tmp_path, missing):
+    raw = written(tmp_path, {name: content for name, content in small.items() if name != missing})
+    with pytest.raises(FileNotFoundError, match="is missing.*--data.root") as error:
+        loaded(MNISTParityData(source="torchvision", root=str(tmp_path), download=False))
+    assert str(raw / missing) in str(error.value)
+
+
+# Download: torchvision's own, from a server on loopback
+
+
+class Server(ThreadingHTTPServer):
+    def __init__(self, files, manner):
+        super().__init__(("127.0.0.1", 0), Mirror)
+        self.files, self.manner, self.asked = files, manner, []
+
+
+class Mirror(BaseHTTPRequestHandler):
+    """Serves the files of its server in the manner that the server names."""
+
+    server: Server
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        content = self.server.files[self.path.strip("/")]
+        getattr(self, self.server.manner)(content)
+
+    def good(self, content, sent=None):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):  # a first request only follows redirections
+            self.wfile.write(content if sent is None else sent)
+
+    def half(self, content):
+        self.good(content, content[: len(content) // 2])
+
+    def wrong(self, content):
+        self.good(content[:-1] + bytes([content[-1] ^ 1]))
+
+    def not_found(self, content):
+        self.send_error(404)
+
+    def forbidden(self, content):
+        self.send_error(403)
+
+    def cut(self, content):
+        self.close_connection = True
+
+    def garbage(self, content):
+        self.wfile.write(b"this is not HTTP\r\n\r\n")
+
+    def log_message(self, *args):
+        """Keep quiet."""
+
+
+@pytest.fixture
+def mirrors(monkeypatch):
+    """Make mirrors of the given manners the ones that torchvision knows."""
+    servers = []
+
+    def start(files, *manners):
+        packed = {f"{name}.gz": gzip.compress(content, 1) for name, content in files.items()}
+        resources = [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
+        for manner in manners:
+            server = Server(packed, manner)
+            Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            servers.append(server)
+        urls = [f"http://127.0.0.1:{server.server_port}/" for server in servers]
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", urls)
+        monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
+        return servers
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def download(root):
+    return loaded(MNISTParityData(source="torchvision", root=str(root)))
+
+
+@pytest.mark.parametrize("manner", ["half", "wrong", "not_found", "forbidden", "cut", "garbage"])
+def test_a_bad_download_leaves_nothing_and_the_next_mirror_is_tried(
+    small, mirrors, tmp_path, manner
+):
+    root = tmp_path / "data"
+    (server,) = mirrors(small, manner)
+    with pytest.raises(ConnectionError) as error:
+        download(root)
+    (line,) = str(error.value).splitlines()
+    assert str(root / "MNIST" / "raw") in line and line.endswith("use --data.source offline")
+    assert [path for path in root.rglob("*") if not path.is_dir()] == []
+    assert not mnist._present(root) and server.asked
+    mirrors(small, "good")
+    assert len(download(root)["train"]) == 30
+
+
+def test_an_unreachable_mirror(small, mirrors, tmp_path):
+    (server,) = mirrors(small, "good")
+    server.server_close()
+    with pytest.raises(ConnectionError, match="could not be downloaded into .*data.*offline"):
+        download(tmp_path / "data")
+
+
+def test_a_good_download(small, mirrors, tmp_path):
+    (server,) = mirrors(small, "good")
+    raw = written(tmp_path, {"train-images-idx3-ubyte": b"half", "train-labels.gz": b"half"})
+    tables = download(tmp_path)  # three files were missing: what lay there did not count
+    assert [len(tables[part]) for part in ("train", "test")] == [30, 12]
+    assert {n: (raw / n).read_bytes() for n in small} == small
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["MNIST"]
+    server.asked.clear()
+    download(tmp_path)
+    assert server.asked == []
+
+
+@needs_mnist
+def test_a_good_download_of_the_real_files(mirrors, tmp_path):
+    raw = Path(MNIST_ROOT) / "MNIST" / "raw"
+    mirrors({name: (raw / name).read_bytes() for name in mnist.RAW_FILES}, "good")
+    assert [len(table) for table in download(tmp_path).values()] == [60_000, 10_000]
+
+
+def test_a_download_into_a_file(small, mirrors, tmp_path):
+    mirrors(small, "good")
+    (tmp_path / "data").write_text("mine")
+    with pytest.raises(ConnectionError, match="data"):
+        download(tmp_path / "data")
+    assert (tmp_path / "data").read_text() == "mine"
