@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor
-from torch.func import functional_call, grad, jvp
+from torch.func import functional_call, grad, vjp
 
 from lightning_gd.batch import Batch
 from lightning_gd.curvature import largest_eigenvalue, losses_along
@@ -114,13 +114,14 @@ def _local(module: GradientDescentModule, batch: Batch) -> list[str]:
         return functional_call(_Loss(module), {f"m.{n}": p for n, p in named.items()}, (x, y))
 
     theta = torch.cat([p.reshape(-1) for p in parameters.values()])
-    largest = largest_eigenvalue(
-        lambda v: jvp(grad(loss), (theta,), (v,))[1],
-        len(theta),
-        rtol=1e-3,
-        dtype=like.dtype,
-        device=like.device,
-    )
+    try:
+        # Backwards twice: H is symmetric, and forward derivatives are missing for some losses.
+        product = vjp(grad(loss), theta)[1]
+        largest = largest_eigenvalue(
+            lambda v: product(v)[0], len(theta), rtol=1e-3, dtype=like.dtype, device=like.device
+        )
+    except (RuntimeError, ValueError) as error:  # a report is no reason to end a run
+        return [f"curvature at the start: not known ({str(error).splitlines()[0]})"]
     if largest <= 0:
         return [f"curvature at the start: the largest eigenvalue of the Hessian is {largest:.4g}"]
     lr, momentum = module.hparams["lr"], module.hparams["momentum"]

@@ -78,7 +78,6 @@ class TableData(TensorDataModule):
         self.features = _features(path, self._header(path), target, features)
         self.mean: Tensor | None = None  # m, shape [D], float64
         self.scale: Tensor | None = None  # s, shape [D], float64
-        self.constant: list[str] = []  # features with one value in all training rows
         self.test_lines: list[int] = []  # where each test row stands in its file
 
     @property
@@ -107,10 +106,9 @@ class TableData(TensorDataModule):
             parts["test"] = self._read(self.test_path, target_needed=not predicts)
         if "test" in parts:
             self.test_lines = parts["test"].lines.tolist()
-        fitted = parts["train"].x[: len(parts["train"].y) - self.num_val]
-        if self.mean is None and len(fitted):
-            self.mean, self.scale = _statistics(fitted)
-            self.constant = [n for n, c in zip(self.features, fitted.T, strict=True) if _same(c)]
+        if self.mean is None:  # of the rows that are trained on; those for validation come last
+            train = parts["train"].x
+            self.mean, self.scale = _statistics(train[: max(1, len(train) - self.num_val)])
         return {part: self._table(rows.x, rows.y) for part, rows in parts.items()}
 
     def _split(self, rows: Rows) -> dict[str, Rows]:
@@ -132,6 +130,22 @@ class TableData(TensorDataModule):
         double = self.trainer is not None and self.trainer.precision == "64-true"
         dtype = torch.float64 if double else torch.get_default_dtype()
         return Table(((x - self.mean) / self.scale).to(dtype), y.to(dtype))
+
+    def coefficients(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """One coefficient a feature in target units per feature unit, then the intercept.
+
+        ŷ = z w + b = Σ (wⱼ/sⱼ) xⱼ + (b − Σ (wⱼ/sⱼ) mⱼ)
+
+        Args:
+            weight: w for standardised features, shape [D].
+            bias: b, shape [].
+
+        Returns:
+            In float64, shape [D + 1].
+        """
+        slopes = weight.detach().double().cpu() / self.scale
+        intercept = bias.detach().double().cpu() - slopes @ self.mean
+        return torch.cat([slopes, intercept[None]])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must know to read further rows as these were read."""
@@ -177,8 +191,8 @@ class TableData(TensorDataModule):
         wanted = self.features + [self.target] * (target_needed or self.target in names)
         for name in wanted:
             _check_name(path, name, names)
-        frame = _frame(path, names, self.separator)
-        columns = [_numbers(path, name, frame[name]) for name in wanted]
+        frame = _frame(path, self.separator)
+        columns = [_numbers(path, name, frame.iloc[:, names.index(name)]) for name in wanted]
         if not target_needed and self.target not in names:
             columns.append(torch.full((len(frame),), float("nan"), dtype=torch.float64))
         lines = torch.tensor(frame.index.to_numpy() + 2)
@@ -211,7 +225,7 @@ def _check_name(path: str, name: str, names: list[str]) -> None:
     raise ValueError(f"{path} has no column {name!r}: {hint}its columns: {', '.join(names)}")
 
 
-def _frame(path: str, names: list[str], separator: str):
+def _frame(path: str, separator: str) -> Any:
     """All columns as pandas reads them, without empty lines; the index counts lines from 2."""
     import pandas  # takes a while to import: only when a table is read
 
@@ -222,12 +236,9 @@ def _frame(path: str, names: list[str], separator: str):
             frame = pandas.read_csv(
                 path,
                 sep=separator,
-                header=0,
-                names=names if "" not in names else [n or f"\0{i}" for i, n in enumerate(names)],
                 index_col=False,
                 skip_blank_lines=False,
                 skipinitialspace=True,
-                float_precision="round_trip",
                 encoding="utf-8-sig",
                 low_memory=False,
             )
@@ -243,7 +254,8 @@ def _numbers(path: str, name: str, column: Any) -> Tensor:
     """A column in float64, or an error at its first cell that holds no finite number."""
     import pandas
 
-    values = pandas.to_numeric(column, errors="coerce").to_numpy(dtype="float64", na_value=float("nan"))
+    numbers = pandas.to_numeric(column, errors="coerce")
+    values = numbers.to_numpy(dtype="float64", na_value=float("nan"))
     bad = ~(abs(values) < LARGEST)
     if bad.any():
         at = int(bad.argmax())
@@ -262,7 +274,3 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     constant = (x == x[0]).all(0)
     mean = torch.where(constant, x[0], x.mean(0))
     return mean, torch.where(constant, 1.0, (x - mean).square().mean(0).sqrt())
-
-
-def _same(column: Tensor) -> bool:
-    return bool((column == column[0]).all())

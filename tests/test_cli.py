@@ -1,0 +1,420 @@
+"""The command line: what it resolves, runs, writes, prints and refuses."""
+
+import io
+import re
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lightning_gd
+from lightning_gd import MNISTParityData
+from lightning_gd.cli import EXPERIMENTS, UsageError, experiments, main, resolve
+
+NAMES = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
+SCRIPT = Path(lightning_gd.__file__).parents[1] / "scripts" / "train.py"
+
+
+def path_of(name):
+    return str(EXPERIMENTS / f"{name}.yaml")
+
+
+def run(*argv):
+    """Exit status, stdout and stderr of the command line, with this process left as it was."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["train.py"])
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        status = main([str(word) for word in argv])
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def three_updates(tmp_path, monkeypatch):
+    """Arguments of a run of three updates of the line y = 2x, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    options = {"max_steps": 3, "default_root_dir": tmp_path, "enable_progress_bar": "false"}
+    words = [word for name, value in options.items() for word in (f"--trainer.{name}", value)]
+    return ["--config", "linear", *words]
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The Trainer, model and DataModule that `fit` would have run."""
+    found = {}
+    monkeypatch.setattr(
+        Trainer, "fit", lambda trainer, model, **rest: found.update(trainer=trainer, model=model)
+    )
+    monkeypatch.setattr(
+        "lightning_gd.lightning_cli.CommandLine.before_fit",
+        lambda cli: found.update(data=cli.datamodule),
+    )
+    return found
+
+
+# What the user typed, completed
+
+END = ["--test_after_fit", "false"]
+RESOLVED = {
+    "nothing": ([], "fit", ["parity"], ["--test_after_fit", "true"]),
+    "options": (
+        ["--model.lr", "1", "--config", "linear"],
+        "fit",
+        ["linear"],
+        ["--test_after_fit", "true", "--model.lr", "1"],
+    ),
+    "a verb": (["fit"], "fit", ["parity"], END),
+    "name with =": (["fit", "--config=linear"], "fit", ["linear"], END),
+    "short": (["test", "-c", "linear", "--data.seed=3"], "test", ["linear"], ["--data.seed=3"]),
+    "two": (["fit", "--config", "linear", "-c=parity"], "fit", ["linear", "parity"], END),
+    "traceback": (["predict", "--traceback"], "predict", ["parity"], []),
+}
+
+
+@pytest.mark.parametrize("words, verb, names, rest", RESOLVED.values(), ids=RESOLVED)
+def test_resolve(words, verb, names, rest):
+    configs = [word for name in names for word in ("--config", path_of(name))]
+    assert resolve(words) == [verb, "--experiment", names[-1], *configs, *rest]
+
+
+def test_resolve_takes_paths_and_leaves_help_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").touch()
+    for path in ("mine.yaml", str(tmp_path / "mine.yaml")):
+        expected = ["test", "--experiment", "mine", "--config", path]
+        assert resolve(["test", "--config", path]) == expected
+    assert resolve(["validate", "--help"]) == ["validate", "--help"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["fitt"], "unknown verb 'fitt': did you mean 'fit'? known: fit, validate, test, predict"),
+        (["xyz"], "unknown verb 'xyz': known: fit, validate, test, predict"),
+        (["--config", "liner"], "unknown experiment 'liner': did you mean 'linear'? known: "),
+        (["fit", "--config=partiy"], "unknown experiment 'partiy': did you mean 'parity'? known:"),
+        (["--config"], "unknown experiment '': known: "),
+        (["--config", "no/such"], "--config no/such: there is no such file"),
+        (["--config", "no.yaml"], "--config no.yaml: there is no such file"),
+    ],
+)
+def test_unknown_names_offer_the_nearest(words, message):
+    with pytest.raises(UsageError) as error:
+        resolve(words)
+    assert str(error.value).startswith(message)
+    if message.endswith("known: "):
+        assert str(error.value).endswith(", ".join(NAMES))
+
+
+# Experiments
+
+
+def test_the_experiments_that_are_shipped():
+    wanted = {"parity", "parity_autograd", "parity_full", "parity_minibatch"}
+    assert wanted | {"linear", "linear_autograd"} <= set(NAMES) == set(experiments())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_builds(built, tmp_path, name):
+    status, _, err = run("fit", "--config", name, "--trainer.default_root_dir", tmp_path)
+    assert (status, err) == (0, "")
+    text = Path(path_of(name)).read_text(encoding="utf-8")
+    assert text.startswith("# ") and "\n    lr: " in text
+    written = yaml.safe_load(text)
+    for part in ("model", "data"):
+        assert type(built[part]).__name__ == written[part]["class_path"].split(".")[-1]
+    for key, value in written["model"]["init_args"].items():
+        assert built["model"].hparams[key] == value
+    for key, value in written["trainer"].items():
+        if key.startswith("max"):
+            assert getattr(built["trainer"], key) == value
+    assert ("autograd" in name) == built["model"].automatic_optimization
+
+
+@pytest.mark.parametrize("name", ["linear", "parity"])
+def test_the_roads_differ_by_one_word(name):
+    one, other = (yaml.safe_load(Path(path_of(n)).read_text()) for n in (name, f"{name}_autograd"))
+    assert one["model"]["init_args"].pop("gradient") == "explicit"
+    assert other["model"]["init_args"].pop("gradient") == "autograd"
+    assert one == other
+
+
+def test_what_is_typed_wins(built, three_updates):
+    typed = ["--model.lr", "0.3", "--data.x=[1, 2]", "--data.y", "[5, 6]", "--trainer.max_steps=7"]
+    status, _, err = run("fit", *typed, *three_updates[:2])
+    assert (status, err) == (0, "")
+    assert built["model"].hparams["lr"] == 0.3 and built["trainer"].max_steps == 7
+    built["data"].setup("fit")
+    assert built["data"].tables["train"].x.tolist() == [[1], [2]]
+
+
+# Runs
+
+WEIGHT = 2 * (1 - 0.85**3)  # the error of w shrinks by 1 − lr · 2/N Σx² = 1 − 0.01 · 15
+LOSS = 7.5 * (2 - WEIGHT) ** 2
+
+
+def weight_in(checkpoint):
+    return torch.load(checkpoint, weights_only=True)["state_dict"]["weight"].item()
+
+
+def curves_in(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    return events, {
+        tag: ([point.step for point in points], np.array([point.value for point in points]))
+        for tag in events.Tags()["scalars"]
+        for points in [events.Scalars(tag)]
+    }
+
+
+def test_a_run_without_a_verb(three_updates, tmp_path):
+    status, out, err = run(*three_updates)
+    assert (status, err) == (0, "")
+    for words in ("LinearRegression", "explicit", "linear/version_0", "tensorboard --logdir"):
+        assert words in out
+    folder = tmp_path / "linear" / "version_0"
+    checkpoints = [folder / "checkpoints" / name for name in ("last.ckpt", "best-step=3.ckpt")]
+    for checkpoint in checkpoints:  # float32
+        assert weight_in(checkpoint) == pytest.approx(WEIGHT, rel=1e-6)
+        assert checkpoint.name in out
+    assert [line.split()[1] for line in out.splitlines() if "/loss" in line] == [f"{LOSS:.6g}"] * 2
+    hparams = yaml.safe_load((folder / "hparams.yaml").read_text())
+    assert (hparams["lr"], hparams["gradient"], hparams["bias"]) == (0.01, "explicit", False)
+    steps, losses = curves_in(folder)[1]["train/loss"]
+    assert steps == [0, 1, 2]
+    np.testing.assert_allclose(losses, [30, 30 * 0.85**2, 30 * 0.85**4], rtol=1e-6)  # float32
+
+
+def test_the_resolved_config_runs_again(three_updates, tmp_path):
+    assert run("fit", *three_updates, "--model.momentum", "0.5")[0] == 0
+    first, second = (tmp_path / "linear" / f"version_{k}" for k in (0, 1))
+    config = yaml.safe_load((first / "config.yaml").read_text())
+    assert config["model"]["init_args"]["momentum"] == 0.5 and config["experiment"] == "linear"
+    status, _, err = run("fit", "--config", first / "config.yaml")
+    assert (status, err) == (0, "")
+    again = yaml.safe_load((second / "config.yaml").read_text())
+    assert again == config
+    ends = [weight_in(folder / "checkpoints" / "last.ckpt") for folder in (first, second)]
+    assert ends[0] == ends[1]
+
+
+def test_the_verbs(three_updates, tmp_path, monkeypatch):
+    predicted, predict = [], Trainer.predict
+    monkeypatch.setattr(Trainer, "predict", lambda *a, **k: predicted.extend(predict(*a, **k)))
+    status, out, err = run("fit", *three_updates)
+    assert (status, err) == (0, "") and "train/loss" in out and "test/loss" not in out
+    checkpoint = tmp_path / "linear" / "version_0" / "checkpoints" / "last.ckpt"
+    for verb, options in (("test", []), ("validate", ["--data.num_val", "2"]), ("predict", [])):
+        status, out, err = run(verb, *three_updates, *options, "--ckpt_path", checkpoint)
+        assert (status, err) == (0, "")
+        # Validation rows are the last: of the squares of x, 9 and 16.
+        loss = {"test": LOSS, "validate": LOSS * 12.5 / 7.5}.get(verb)
+        assert loss is None or f"{loss:.3f}" in out
+    assert torch.cat(predicted).tolist() == pytest.approx([WEIGHT * x for x in (1, 2, 3, 4)])
+
+
+OWN = """
+from lightning_gd import LinearRegression
+
+class Ridge(LinearRegression):
+    def __init__(self, alpha: float = 0.5, **kwargs):
+        super().__init__(**kwargs)
+        self.alpha = alpha
+
+    def loss(self, x, y):
+        return super().loss(x, y) + self.alpha * self.weight.square().sum()
+
+    def gradients(self, x, y):
+        g = super().gradients(x, y)
+        return {**g, "weight": g["weight"] + 2 * self.alpha * self.weight}
+"""
+
+
+def test_a_model_of_the_users_own(three_updates, tmp_path, monkeypatch):
+    (tmp_path / "own_models.py").write_text(OWN)
+    monkeypatch.delitem(sys.modules, "own_models", raising=False)
+    status, out, err = run("--model", "own_models.Ridge", "--model.alpha", 2.5, *three_updates)
+    assert (status, err) == (0, "") and "Ridge" in out
+    weight = weight_in(tmp_path / "linear" / "version_0" / "checkpoints" / "last.ckpt")
+    # L' = 15 (w − 2) + 2 · 2.5 w: the error beside w* = 1.5 shrinks by 1 − 0.01 · 20
+    assert weight == pytest.approx(1.5 * (1 - 0.8**3), rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def parity(tmp_path_factory):
+    """The run without any argument, but for the place of its logs."""
+    folder = tmp_path_factory.mktemp("parity")
+    status, out, err = run("--trainer.default_root_dir", folder, "--trainer.accelerator", "cpu")
+    assert (status, err) == (0, "")
+    return out, *curves_in(folder / "parity" / "version_0")
+
+
+def test_parity_ends_with_a_table(parity):
+    out, _, curves = parity
+    (accuracy,) = [line for line in out.splitlines() if "test/accuracy" in line]
+    assert float(accuracy.split()[1]) >= 0.88
+    assert accuracy.split("commoner class:")[1].strip() == "0.5)"
+    assert curves["test/accuracy"][1] == pytest.approx(float(accuracy.split()[1]), abs=1e-6)
+
+
+def test_parity_draws_every_update(parity):
+    tables = MNISTParityData()
+    tables.setup()
+    x, y = (t.double().numpy() for t in (tables.tables["train"].x, tables.tables["train"].y))
+    x = np.column_stack([x, np.ones(len(x))])
+    second, first, weight, losses, norms = x.T @ x / len(x), x.T @ y / len(x), 0, [], []
+    for _ in range(500):
+        gradient = 2 * (second @ np.broadcast_to(weight, 785) - first)
+        losses.append(1 + np.dot(np.broadcast_to(weight, 785), gradient / 2 - first))
+        norms.append(np.linalg.norm(gradient))
+        weight = weight - 0.002 * gradient
+    _, _, curves = parity
+    # float32: sums of 2,000 and 784 terms, over 500 updates
+    for tag, expected in (("train/loss", losses), ("gradient_norm", norms)):
+        assert curves[tag][0] == list(range(500))
+        np.testing.assert_allclose(curves[tag][1], expected, rtol=1e-4)
+    steps, values = curves["test/loss"]
+    assert steps[:500] == list(range(500)) and values[0] == pytest.approx(1)
+    assert set(steps[500:]) <= {500}  # the test after the last update
+
+
+def test_parity_keeps_histograms_and_hyperparameters(parity):
+    _, events, _ = parity
+    for name in ("weight", "bias"):
+        assert [point.step for point in events.Histograms(name)] == [0, 500]
+    kept = events.PluginTagToContent("hparams")
+    assert b"optimizer" in kept["_hparams_/session_start_info"]
+    assert b"test/accuracy" in kept["_hparams_/experiment"]
+
+
+# Refusals
+
+WRONG = {
+    "lr 0": (["--model.lr", "0"], "lr=0.0 must be a finite number above 0"),
+    "lr nan": (["--model.lr", ".nan"], "lr=nan must be a finite number above 0"),
+    "lr word": (["--model.lr", "much"], "much"),
+    "unknown setting": (["--model.lrr", "1"], "'lrr' is not accepted"),
+    "unknown option": (["--trainer.max_stepz", "1"], "--trainer.max_stepz"),
+    "stray word": (["stray"], "stray"),
+    "max_steps": (["--trainer.max_steps", "-5"], "You passed in -5"),
+    "road": (["--model.gradient", "numeric"], "numeric"),
+    "optimizer": (["--model.optimizer", "SDG"], "optimizer='SDG' .* did you mean 'SGD'"),
+    "closure": (["--model.optimizer", "LBFGS"], "optimizer='LBFGS' .*closure"),
+    "nesterov": (["--model.optimizer_args", "{nesterov: true}"], "'nesterov': True.* momentum"),
+    "decay": (["--model.optimizer_args", "{weight_decay: -1}"], "'weight_decay': -1"),
+    "optimizer's": (["--model.optimizer_args", "{foo: 1}"], "'foo'.*accepts lr, momentum"),
+    "scheduler": (["--model.scheduler", "Step"], "scheduler='Step' .*did you mean 'StepLR'"),
+    "scheduler's": (["--model.scheduler", "StepLR"], "'step_size'.*accepts step_size"),
+    "clip": (["--trainer.gradient_clip_val", "1"], "set --model.gradient_clip_val"),
+    "accumulate": (["--trainer.accumulate_grad_batches", "2"], "set --model.accumulate_grad_b"),
+    "devices": (["--trainer.devices", "0"], "devices='0'"),
+    "model": (["--model", "own.Nothing"], "own.Nothing"),
+    "points": (["--data.x", "[1, 2]"], "2 in x .* 4 in y"),
+    "nan": (["--data.x", "[1, .nan, 3, 4]"], "finite numbers.*nan"),
+    "batch_size": (["--data.batch_size", "0"], "batch_size=0"),
+    "passes": (["--data.batch_size", "2"], "passes_per_epoch=100 .*batch_size=2"),
+    "num_val": (["--data.num_val", "4"], "num_val=4 leaves no row"),
+    "experiment": (["--config", "liner"], "did you mean 'linear'"),
+    "broken YAML": (["--config", "broken.yaml"], "line 2"),
+    "unknown key": (["--config", "unknown.yaml"], "'modle'"),
+}
+
+
+@pytest.mark.parametrize("words, message", WRONG.values(), ids=WRONG)
+def test_what_the_user_wrote_wrong_is_status_2(three_updates, tmp_path, words, message):
+    (tmp_path / "broken.yaml").write_text("model: [1\n")
+    (tmp_path / "unknown.yaml").write_text("modle: 1\n")
+    status, out, err = run(*three_updates, *words)
+    assert status == 2 and "Traceback" not in err
+    error = err[err.index("error: ") :]
+    assert re.search(message, error, re.DOTALL), error
+    assert "train/loss" not in out and not list(tmp_path.rglob("*.ckpt"))
+
+
+FAILED = {
+    "no data": (
+        ["--config", "parity_full", "--data.root", "nowhere", "--data.download", "false"],
+        "nowhere/MNIST/raw/train-images-idx3-ubyte is missing.*--data.root",
+    ),
+    "no checkpoint": (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
+    "no such checkpoint": (["--ckpt_path", "mine.txt"], "Weights only load failed"),
+    "logs in a file": (["--trainer.default_root_dir", "mine.txt"], "mine.txt"),
+    "logs in no folder": (["--trainer.default_root_dir", "/proc/none"], "/proc/none"),
+}
+
+
+@pytest.mark.parametrize("words, message", FAILED.values(), ids=FAILED)
+def test_what_the_world_did_is_status_1(three_updates, tmp_path, words, message):
+    (tmp_path / "mine.txt").write_text("mine")
+    status, _, err = run("fit", *three_updates, *words)
+    assert status == 1 and err.startswith("error: ") and "Traceback" not in err
+    assert re.search(message, err, re.DOTALL), err
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_traceback_where_it_is_asked_for(three_updates):
+    status, _, err = run("--traceback", *three_updates, "--data.batch_size", "0")
+    assert status == 2 and err.startswith("Traceback") and "error: batch_size=0" in err
+
+
+# As processes
+
+LOADED = """
+import sys
+from lightning_gd.cli import main
+status = main(sys.argv[1:])
+print(sorted({"torch", "lightning", "numpy", "jsonargparse"} & set(sys.modules)))
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    "words, status, message",
+    [
+        (["--help"], 0, "usage: train.py"),
+        (["-h"], 0, "parity_full"),
+        (["fitt"], 2, "did you mean 'fit'?"),
+        (["--config", "liner"], 2, "did you mean 'linear'?"),
+        (["fit", "--config", "no.yaml"], 2, "no.yaml: there is no such file"),
+    ],
+)
+def test_quick_answers_do_not_import_lightning(words, status, message):
+    command = [sys.executable, "-c", LOADED, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status and done.stdout.endswith("[]\n")
+    assert message in (done.stdout if status == 0 else done.stderr)
+    for name in NAMES if status == 0 else ():
+        assert f"  {name} " in done.stdout
+
+
+@pytest.mark.parametrize("command", [[str(SCRIPT)], ["-m", "lightning_gd"]])
+def test_the_commands_pass_on_the_status(command):
+    done = subprocess.run([sys.executable, *command, "fitt"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unknown verb 'fitt': did you mean 'fit'? known: " + (
+        "fit, validate, test, predict\n"
+    )
+
+
+def test_the_console_script():
+    (script,) = entry_points(group="console_scripts", name="lightning-gd")
+    assert script.load() is main
+
+
+def test_the_script_shows_a_table_and_nothing_else(three_updates, tmp_path):
+    command = [sys.executable, str(SCRIPT), *map(str, three_updates)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) < 20 and lines[0].strip("─ ") == lines[-1].strip("─ ") == ""
+    assert weight_in(tmp_path / "linear/version_0/checkpoints/last.ckpt") == pytest.approx(WEIGHT)

@@ -1,0 +1,71 @@
+"""Every command and every block of code in the README runs as it is printed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for language, text in BLOCKS
+    if language == "bash"
+    for line in text.splitlines()
+    if line.strip()
+]
+SET_UP = [line for line in COMMANDS if line.startswith("python -m pip install")]
+REST = [line for line in COMMANDS if line not in SET_UP]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A new folder with the scripts of the repository and the README's own files."""
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    for text in PYTHON:
+        for name in re.findall(r"^class (\w+)\(GradientDescentModule", text, re.MULTILINE):
+            (tmp_path / f"{name.lower()}.py").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def run(command, folder):
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("command", REST)
+def test_commands(command, folder):
+    if "$MNIST_ROOT" in command and "MNIST_ROOT" not in os.environ:
+        pytest.skip("MNIST_ROOT is not set: this command reads the full MNIST")
+    words = shlex.split(os.path.expandvars(command))
+    assert words[0] == "python"
+    done = run([sys.executable, *words[1:]], folder)
+    assert "Warning" not in done.stderr
+
+
+def test_python_prints_what_the_readme_says(folder):
+    text = next(text for text in PYTHON if "Trainer(" in text)
+    printed = next(t for language, t in BLOCKS if not language and t.startswith("learnt"))
+    done = run([sys.executable, "-W", "ignore", "-c", text], folder)
+    assert printed in done.stdout
+
+
+def test_two_commands_are_all_the_set_up():
+    assert SET_UP == [
+        "python -m pip install -e . && python scripts/train.py",
+        'python -m pip install -e ".[test]" && python -m pytest',
+    ]
