@@ -77,7 +77,7 @@ class BlockSchedule:
 
     def _distance(self, callback: Callback, step: int) -> int:
         every = getattr(callback, "every_n_updates", None)
-        if isinstance(callback, ModelCheckpoint):
+        if every is None and isinstance(callback, ModelCheckpoint):
             every = callback._every_n_train_steps
         if every is not None:
             return every - step % every if every > 0 else 2**62

@@ -1,32 +1,291 @@
-"""Checkpoints of a run: the best by the watched loss, and the last."""
+"""Checkpoints: written whole or not at all, and loaded without running what is in them."""
 
 from __future__ import annotations
 
+import io
+import os
+import pickle
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_gd.refusals import whole_number
 
-class RunCheckpoint(ModelCheckpoint):
-    """Keeps the best and the last checkpoint of a run in `<run>/checkpoints`.
+if TYPE_CHECKING:
+    from lightning_gd.module import GradientDescentModule
 
-    The best is that of the lowest `val/loss` where a validation part exists, else of the lowest
-    `train/loss`; test data are never looked at.
+FORMAT = 1  # of what `stamp` adds; another number is refused
+OURS = "lightning_gd"  # where it stands in a checkpoint
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Writes a checkpoint beside its target, syncs and renames it; loads by `read`."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write the file, or leave the one that is there untouched.
+
+        Raises:
+            OSError: If the disk is full, or the folder cannot be written.
+        """
+        target, buffer = Path(_local(path)), io.BytesIO()
+        # No other process writes this name, and what a killed one left of it is written over.
+        partial = target.with_name(f".{target.name}.partial")
+        torch.save(checkpoint, buffer)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+            _sync_folder(target.parent)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            kept = "the one before it is untouched" if target.exists() else "there is none yet"
+            raise OSError(f"checkpoint {target} was not written: {error}; {kept}") from error
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Load to the CPU; `weights_only` is not asked, nothing else is ever loaded."""
+        return read(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove the file, if it is there."""
+        Path(path).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last; a system that cannot open folders does it by itself."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _local(path: str | os.PathLike[str]) -> str:
+    if "://" in str(path):
+        raise ValueError(f"checkpoint {path} is a URL: only local files are written and loaded")
+    return str(path)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load a checkpoint of this package, tensors and plain values only, to the CPU.
 
     Args:
-        dirpath: Folder; null for that of the run.
-        every_n_updates: Save after every so many updates; null: at the end of each epoch.
+        path: A local file.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        ValueError: If it is a URL, holds code, is damaged, or was not written by this version.
+    """
+    file = Path(_local(path))
+    if not file.is_file():
+        raise FileNotFoundError(f"checkpoint {path}: there is no such file")
+    with file.open("rb") as opened:  # not by name: `.safetensors` would take another road
+        try:
+            checkpoint = torch.load(opened, map_location="cpu", weights_only=True)
+        except Exception as error:  # what damaged bytes raise has no common type
+            raise ValueError(f"checkpoint {path} is refused: {_reason(error)}") from error
+    ours = checkpoint.get(OURS) if isinstance(checkpoint, dict) else None
+    if not isinstance(ours, dict):
+        raise ValueError(f"checkpoint {path} is refused: it was not written by {OURS}")
+    if ours.get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint {path} is refused: it has format {ours.get('format')} of {OURS} "
+            f"{ours.get('version')}, and this is {OURS} {version(OURS)}, which reads {FORMAT}"
+        )
+    return checkpoint
+
+
+def _reason(error: Exception) -> str:
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and named:
+        return f"to load it would run {named[1]}; only tensors and plain values are loaded"
+    return "it is damaged, cut off, or no checkpoint at all"
+
+
+def stamp(checkpoint: dict[str, Any], model: LightningModule) -> None:
+    """Say in a checkpoint what it is of and where the curves stood, and keep its settings plain."""
+    trainer = model.trainer
+    for key in {"hyper_parameters", "datamodule_hyper_parameters"} & checkpoint.keys():
+        checkpoint[key] = _plain(checkpoint[key])
+    data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+    logs: Any = trainer.logger if trainer.is_global_zero else None
+    checkpoint[OURS] = {
+        "format": FORMAT,
+        "version": version(OURS),
+        "model": class_name(type(model)),
+        "data": class_name(type(data)),
+        "events": logs.events() if hasattr(logs, "events") else {},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A value that `read` loads again; what has no plain form is left out."""
+    if isinstance(value, dict):
+        kept = {str(key): _plain(entry) for key, entry in value.items()}
+        return {key: entry for key, entry in kept.items() if entry is not ...}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    plain = value is None or isinstance(value, (bool, int, float, str, torch.Tensor))
+    return value if plain else ...
+
+
+def class_name(cls: type) -> str:
+    """The dotted path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def check_class(checkpoint: dict[str, Any], cls: type) -> None:
+    """Refuse a checkpoint of another model.
+
+    Raises:
+        ValueError: Naming both classes.
+    """
+    theirs, mine = str(checkpoint[OURS].get("model")), class_name(cls)
+    if theirs.replace("__main__.", f"{cls.__module__}.") != mine:  # a script has no other name
+        raise ValueError(f"the checkpoint is of {theirs}, the model is {mine}: they must be one")
+
+
+def check_shapes(checkpoint: dict[str, Any], model: torch.nn.Module) -> None:
+    """Refuse parameters of other names or shapes.
+
+    Raises:
+        ValueError: Naming the first that differs, on both sides.
+    """
+    theirs, mine = checkpoint.get("state_dict", {}), model.state_dict()
+    for name in [*mine, *theirs]:
+        there, here = (list(d[name].shape) if name in d else "absent" for d in (theirs, mine))
+        if there != here:
+            raise ValueError(
+                f"parameter {name!r} is {there} in the checkpoint, {here} in the model"
+            )
+
+
+def load(path: str | os.PathLike[str], **settings: Any) -> GradientDescentModule:
+    """The model of a checkpoint, with its settings and weights.
+
+    Args:
+        path: A local file.
+        **settings: Arguments of the model that replace those of the checkpoint.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        ValueError: If it is refused, see `read`, or its class is neither one of this package
+            nor imported.
+    """
+    from lightning_gd.module import GradientDescentModule
+
+    name = str(read(path)[OURS].get("model"))
+    module, _, last = name.rpartition(".")
+    if module.startswith(f"{OURS}.models."):
+        import_module(module)
+    # Only what has been imported: a checkpoint must not choose what is.
+    cls = getattr(sys.modules.get(module), last, None)
+    if not (isinstance(cls, type) and issubclass(cls, GradientDescentModule)):
+        raise ValueError(f"checkpoint {path} is of {name}: import that class first")
+    return cls.load_from_checkpoint(path, **settings)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps the best and the last checkpoint of a run: `best.ckpt`, `last.ckpt`.
+
+    The best is that of the lowest `val/loss` where a validation part exists, looked at after
+    each validation, else of the lowest `train/loss` of an epoch; test data are never looked at.
+
+    Args:
+        dirpath: Folder; null for `checkpoints` in that of the run.
+        every_n_updates: Save the last after every so many updates; null: at the end of each
+            epoch.
     """
 
     def __init__(self, dirpath: str | None = None, every_n_updates: int | None = None) -> None:
+        whole_number("every_n_updates", every_n_updates, 1, optional=True)
         super().__init__(
             dirpath=dirpath,
-            filename="best-{step}",
+            filename="best",
             mode="min",
             save_last=True,
-            every_n_train_steps=every_n_updates,
+            every_n_epochs=1,
+            enable_version_counter=False,  # one name each, which is replaced as a whole
         )
+        self.every_n_updates = every_n_updates
+        self._validated, self._saved = -1, -1  # at which update
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose what to watch, now that the data are known."""
         self.monitor = "val/loss" if trainer.enable_validation else "train/loss"
+        self._validated, self._saved = -1, -1
         super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Save the last in the midst of an epoch; where one ends, or validates, that comes first."""
+        loop = trainer.fit_loop.epoch_loop
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if loop._num_ready_batches_reached() or loop._should_check_val_fx(fetcher):
+            return
+        if self._due(trainer) or loop._is_training_done:
+            self._save(trainer, last=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best in the midst of an epoch."""
+        self._validated = trainer.global_step
+        if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            self._save(trainer, best=True, last=self._due(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best, where what it is chosen by has just been measured, and the last."""
+        measured = self.monitor == "train/loss" or self._validated == trainer.global_step
+        loop, every = trainer.fit_loop, self.every_n_updates
+        last = every is None or self._due(trainer) or bool(loop.done)
+        # An epoch that max_steps cut short was saved before its end, to go on from there.
+        self._save(
+            trainer, best=measured, last=last and loop.epoch_loop._num_ready_batches_reached()
+        )
+
+    def _due(self, trainer: Trainer) -> bool:
+        every = self.every_n_updates
+        return every is not None and trainer.global_step % every == 0
+
+    def _save(self, trainer: Trainer, *, best: bool = False, last: bool = False) -> None:
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if not fitting or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        candidates = self._monitor_candidates(trainer)
+        if best:
+            self._save_topk_checkpoint(trainer, candidates)
+        if last and self._saved != trainer.global_step:  # batches without an update add nothing
+            self._saved = trainer.global_step
+            self._save_last_checkpoint(trainer, candidates)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the best so far, if it is in this folder; the folder may have moved."""
+        best = Path(str(self.dirpath), "best.ckpt")
+        if state_dict.get("best_k_models") and best.is_file():
+            here, score = str(best), state_dict["best_model_score"]
+            paths = {"best_model_path": here, "kth_best_model_path": here}
+            state = {**state_dict, **paths, "best_k_models": {here: score}, "last_model_path": ""}
+            super().load_state_dict({**state, "dirpath": self.dirpath})

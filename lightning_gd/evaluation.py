@@ -98,18 +98,24 @@ class EvaluatedModule(LightningModule):
             x, y = batch
             total = torch.tensor(float(len(y)), device=y.device)
             batch = whole(x, y, int(reduce_sum(total)))
-        check_shapes(batch.x, batch.y)
+        check_form(batch.x, batch.y, next(self.parameters()).dtype)
         return batch
 
 
-def check_shapes(x: Tensor, y: Tensor) -> None:
-    """Refuse shapes that would broadcast silently.
+def check_form(x: Tensor, y: Tensor, dtype: torch.dtype) -> None:
+    """Refuse shapes that would broadcast silently, and data of another precision.
 
     Raises:
-        ValueError: Naming both shapes.
+        ValueError: Naming both shapes, or both dtypes.
     """
-    if x.ndim < 2 or y.ndim != 1 or len(x) != len(y) and len(y) > 0:
+    if x.ndim < 2 or y.ndim != 1 or len(x) != len(y):
         raise ValueError(
             f"a batch needs x of shape [N, D] and y of shape [N]; got x {list(x.shape)} and "
             f"y {list(y.shape)}"
         )
+    for name, values in (("x", x), ("y", y)):
+        if values.is_floating_point() and values.dtype != dtype:
+            raise ValueError(
+                f"{name} is {values.dtype} but the weights are {dtype}: convert the data, or set "
+                "--trainer.precision 64-true for float64 and 32-true for float32"
+            )

@@ -5,13 +5,21 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
+import signal
+import sys
 import warnings
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import yaml
+from jsonargparse.util import import_object
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_gd import data, models
 from lightning_gd.callbacks.curvature_report import CurvatureReport
@@ -20,9 +28,11 @@ from lightning_gd.callbacks.histograms import WeightHistograms
 from lightning_gd.callbacks.pictures import Pictures
 from lightning_gd.callbacks.progress import UpdateProgressBar
 from lightning_gd.callbacks.report import EndTable
-from lightning_gd.checkpoints import RunCheckpoint
+from lightning_gd.checkpoints import OURS, RunCheckpoint, check_class, check_shapes, read
 from lightning_gd.logger import RunLogger
 from lightning_gd.module import GradientDescentModule
+from lightning_gd.refusals import number
+from lightning_gd.resuming import differences, find, run_of, settings
 
 
 # Warnings of Lightning that nothing a user could write would change.
@@ -43,6 +53,8 @@ class CommandLine(LightningCLI):
 
     def __init__(self) -> None:
         self.table = EndTable()
+        self.checkpoint: dict[str, Any] | None = None  # where the run starts from
+        self.run: tuple[str, str, int] | None = None  # the run that it goes on with
         super().__init__(
             GradientDescentModule,
             LightningDataModule,
@@ -64,19 +76,73 @@ class CommandLine(LightningCLI):
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="Test after the fit."
         )
+        parser.add_argument(
+            "--process_timeout",
+            type=float,
+            default=120.0,
+            help="Seconds after which a process that does not answer ends the run.",
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(GradientCheck, "gradient_check")
+
+    def _parse_ckpt_path(self) -> None:
+        """Fill in the settings of the checkpoint beneath what is typed; Lightning's fills above."""
+        config = self.config[self.config.subcommand]
+        word = config.get("ckpt_path")
+        if word in (None, "hpc"):  # that of a SLURM job which Lightning put back into the queue
+            return
+        file = find(
+            str(word), Path(config.trainer.default_root_dir or "lightning_logs", config.experiment)
+        )
+        self.checkpoint = checkpoint = read(file)
+        classes = {part: import_object(config[part].class_path) for part in ("model", "data")}
+        check_class(checkpoint, classes["model"])
+        theirs = settings(checkpoint, classes["data"])
+        below = {p: {"class_path": config[p].class_path, "init_args": v} for p, v in theirs.items()}
+        # Files come first in the arguments, so this one goes behind them; the processes that
+        # Lightning starts see where the word led to.
+        words = sys.argv[1:]
+        at = 1 + max((i + 1 for i, word in enumerate(words) if word == "--config"), default=0)
+        sys.argv[1:] = words = [*words, "--ckpt_path", file]
+        self.config = self.parser.parse_args(
+            [*words[:at], "--config", yaml.safe_dump(below), *words[at:]]
+        )
+        self.run = run_of(file) if self.config.subcommand == "fit" else None
+        self._say(file, theirs, _init_args(config), _init_args(self.config[self.config.subcommand]))
+
+    @rank_zero_only
+    def _say(self, file: str, theirs: dict, before: dict, now: dict) -> None:
+        """Name in one line where the run starts, and whose settings won."""
+        assert self.checkpoint is not None
+        parts = [f"from {file}, update {self.checkpoint['global_step']}"]
+        if self.config.subcommand == "fit" and self.run is None:
+            parts.append("in a new run folder")
+        if "data" not in theirs:
+            parts.append(f"data not those of the checkpoint, {self.checkpoint[OURS].get('data')}")
+        typed = differences(now, theirs)
+        parts += [f"typed: {line} of the checkpoint" for line in typed]
+        names = {line.split()[0] for line in typed}
+        kept = [line for line in differences(theirs, before) if line.split()[0] not in names]
+        parts += [f"of the checkpoint: {line}" for line in kept]
+        print("; ".join(parts))
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse weights of another shape before any work."""
+        if self.checkpoint is not None:
+            check_shapes(self.checkpoint, self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what the user did not choose himself."""
         config = self.config_init[self.subcommand]
-        chosen, callbacks = config["trainer"], [self.table, WeightHistograms(), CurvatureReport(), Pictures()]
+        chosen, callbacks = (
+            config["trainer"],
+            [self.table, WeightHistograms(), CurvatureReport(), Pictures()],
+        )
         if chosen["enable_progress_bar"] is not False:
             callbacks.append(UpdateProgressBar())
         if chosen["logger"] in (None, True):
-            kwargs["logger"] = RunLogger(
-                chosen["default_root_dir"] or "lightning_logs", config["experiment"]
-            )
+            new = (chosen["default_root_dir"] or "lightning_logs", config["experiment"])
+            kwargs["logger"] = RunLogger(*(self.run or new))
         own = chosen["callbacks"] or []
         own = own if isinstance(own, list) else [own]
         keys = self._parser(self.subcommand).callback_keys
@@ -85,11 +151,28 @@ class CommandLine(LightningCLI):
         ):
             keys.remove("checkpoint")
         kwargs["callbacks"] = [*own, *callbacks]
-        return super().instantiate_trainer(**kwargs)
+        number("process_timeout", config["process_timeout"], above=0)
+        trainer = super().instantiate_trainer(**kwargs)
+        if isinstance(trainer.strategy, DDPStrategy):  # also where Lightning chose it
+            trainer.strategy._timeout = timedelta(seconds=config["process_timeout"])
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run, and leave no process behind that Lightning started here, not even a stopped one."""
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            for process in getattr(self.trainer.strategy.launcher, "procs", []):
+                process.send_signal(signal.SIGKILL)
+            raise
 
     def before_fit(self) -> None:
-        """Leave the table open where a test follows."""
+        """Leave the table open where a test follows; cut off the curves after the checkpoint."""
         self.table.deferred = self.config["fit"]["test_after_fit"]
+        if self.run is not None and self.checkpoint is not None:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.cut(self.checkpoint[OURS]["events"])
 
     def after_fit(self) -> None:
         """Test with the weights after the last update."""
@@ -97,6 +180,12 @@ class CommandLine(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             self.table.add(self.trainer.callback_metrics)
             self.table.show(self.trainer)
+
+
+def _init_args(config: Any) -> dict[str, dict[str, Any]]:
+    """The settings of the model and the data, as plain dictionaries."""
+    parts = {part: config[part].get("init_args") for part in ("model", "data")}
+    return {part: values.as_dict() if values else {} for part, values in parts.items()}
 
 
 def run() -> None:

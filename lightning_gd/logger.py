@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -42,6 +44,23 @@ class RunLogger(TensorBoardLogger):
             writer.event_writer.add_event(
                 Event(summary=Summary(value=tags), step=step, wall_time=now)
             )
+
+    def events(self) -> dict[str, int]:
+        """Flush, and tell the files of this run's events and their sizes in bytes."""
+        self.experiment.flush()
+        return {file.name: file.stat().st_size for file in self._event_files()}
+
+    @rank_zero_only
+    def cut(self, events: dict[str, int]) -> None:
+        """Go back to `events`: what was written later is about to be written again."""
+        for file in self._event_files():
+            if file.name not in events:
+                file.unlink()
+            elif file.stat().st_size > events[file.name]:
+                os.truncate(file, events[file.name])
+
+    def _event_files(self) -> list[Path]:
+        return sorted(Path(self.log_dir).glob("events.out.tfevents.*"))
 
     @rank_zero_only
     def log_hyperparams(

@@ -6,17 +6,20 @@ import copy
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_gd.batch import Batch
 from lightning_gd.blocks import BlockSchedule
+from lightning_gd.checkpoints import SafeCheckpointIO, check_class, read, stamp
 from lightning_gd.distributed import RowMean, reduce_sum, world_size
 from lightning_gd.evaluation import EvaluatedModule
 from lightning_gd.leastsquares import LeastSquares
 from lightning_gd.moments import Moments
 from lightning_gd.optimizers import build_optimizer, build_scheduler, needs_metric
 from lightning_gd.refusals import check_settings, check_trainer
+from lightning_gd.resuming import adopt
 
 Gradients = dict[str, Tensor]
 BASIS = ("forward", "loss", "gradients")  # what the optional formulas rest on
@@ -121,8 +124,10 @@ class GradientDescentModule(EvaluatedModule):
         )
 
     def configure_callbacks(self) -> list:
-        """Add none; as the first hook of a run it refuses what cannot work."""
+        """Add none; the first hook of a run refuses what cannot work, and makes its files safe."""
         check_trainer(self.trainer, self.hparams)
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = SafeCheckpointIO()
         self._squares = None
         return []
 
@@ -384,6 +389,7 @@ class GradientDescentModule(EvaluatedModule):
         """A checkpoint never holds more updates than the curves show."""
         self.curves.write(self.trainer)
         checkpoint["epoch_loss"] = [float(self._epoch_loss[0]), self._epoch_loss[1]]
+        stamp(checkpoint, self)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model leaves the data of its run behind."""
@@ -391,8 +397,17 @@ class GradientDescentModule(EvaluatedModule):
         return {**super().__getstate__(), **run}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the mean of an unfinished epoch."""
+        """Refuse what is not of this model; go on with the mean of an unfinished epoch."""
+        adopt(checkpoint, self)
         self._epoch_loss = list(checkpoint.get("epoch_loss", [0.0, 0]))
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path, *args: Any, **kwargs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Lightning's, for local files of this very class, without running code in them."""
+        check_class(read(checkpoint_path), cls)
+        return super().load_from_checkpoint(
+            checkpoint_path, *args, **{**kwargs, "weights_only": True}
+        )
 
     @torch.no_grad()
     def final_losses(self) -> dict[str, Tensor]:

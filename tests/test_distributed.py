@@ -61,3 +61,16 @@ def test_without_the_reduction_the_processes_part(ends_of, world):
     assert not torch.equal(processes[0][name]["weights"], processes[1][name]["weights"])
     for process in processes:
         assert (process[name]["weights"] - alone[name]["weights"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_gradient_check_names_mistakes_on_every_process(ends_of, world):
+    for process in ends_of(world):
+        found = process["found mistakes"]
+        assert found["nothing"] == found["nothing, by autograd"] == ""
+        assert "sum over the rows instead of the mean" in found["sum for mean"]
+        if world == 1:
+            assert found["no reduction"] == found["times the processes"] == ""
+            continue
+        assert "reduction is missing" in found["no reduction"]
+        assert f"{world} times" in found["times the processes"]

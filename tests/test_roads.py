@@ -14,11 +14,14 @@ CLOSE = {"rtol": 0, "atol": 1e-12}
 class RandomRows(TensorDataModule):
     """23 rows with 3 features and noise."""
 
+    dtype = torch.float64
+
     def load(self):
         generator = torch.Generator().manual_seed(3)
         x = torch.randn(23, 3, generator=generator, dtype=torch.float64)
         y = x @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) + 0.3
         y += 0.1 * torch.randn(23, generator=generator, dtype=torch.float64)
+        x, y = x.to(self.dtype), y.to(self.dtype)
         return {"train": Table(x, y), "test": Table(x[:7], y[:7])}
 
 

@@ -13,7 +13,9 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_gd import ParityRegressor, distributed
+from lightning_gd.callbacks.gradient_check import GradientCheck
 from lightning_gd.data.tensors import Table, TensorDataModule
+from lightning_gd.gradcheck import GradientError
 
 UPDATES = 60
 ROWS = 41  # odd: no world but one divides it
@@ -51,6 +53,8 @@ CASES = {
         MINI,
         {"scheduler": "StepLR", "scheduler_args": {"step_size": 2}, "momentum": 0.5},
     ),
+    "moments": (FULL, {"moments": True, "momentum": 0.9}),
+    "moments auto": (FULL, {"moments": True, "lr": "auto"}),
     "explicit accumulate": (MINI, {"accumulate_grad_batches": 2, "momentum": 0.5}),
 }
 
@@ -76,7 +80,7 @@ def run(data, settings):
     """Train one case and evaluate it: weights, metrics and the last training loss."""
     trainer = make_trainer()
     with trainer.init_module():
-        model = ParityRegressor(num_features=6, start="uniform", lr=0.03, **settings)
+        model = ParityRegressor(num_features=6, start="uniform", **{"lr": 0.03, **settings})
     rows = OddRows(**data)
     trainer.fit(model, datamodule=rows)
     assert trainer.global_step == UPDATES
@@ -99,9 +103,45 @@ def run_without_reduction():
         distributed.reduce_sum = reduce_sum
 
 
+class SummedFormula(ParityRegressor):
+    """A usual mistake: the sum over the rows instead of their mean."""
+
+    def gradients(self, x, y):
+        return {name: len(y) * g for name, g in super().gradients(x, y).items()}
+
+
+def message_of(model_class=ParityRegressor, reduction=None, **settings):
+    """What `GradientCheck` says of a planted mistake; empty if it finds nothing."""
+    trainer = make_trainer(callbacks=[GradientCheck(every_n_updates=10)])
+    with trainer.init_module():
+        model = model_class(num_features=6, start="uniform", lr=0.001, **settings)
+    reduce_sum = distributed.reduce_sum
+    distributed.reduce_sum = reduction or reduce_sum
+    try:
+        trainer.fit(model, datamodule=OddRows(**MINI))
+    except GradientError as error:
+        return str(error)
+    finally:
+        distributed.reduce_sum = reduce_sum
+    return ""
+
+
+def found_mistakes():
+    """The messages of `GradientCheck`, with nothing wrong and with each mistake planted."""
+    reduce_sum, world = distributed.reduce_sum, distributed.world_size()
+    return {
+        "nothing": message_of(),
+        "nothing, by autograd": message_of(gradient="autograd", gradient_clip_val=0.1),
+        "sum for mean": message_of(SummedFormula),
+        "no reduction": message_of(reduction=lambda tensor: tensor),
+        "times the processes": message_of(reduction=lambda tensor: reduce_sum(tensor).mul_(world)),
+    }
+
+
 def run_all():
     """Every case by its name."""
     ends = {name: run(*case) for name, case in CASES.items()}
+    ends["found mistakes"] = found_mistakes()
     ends["broken: no reduction"] = run_without_reduction()
     return ends
 

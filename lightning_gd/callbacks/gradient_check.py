@@ -27,7 +27,8 @@ class GradientCheck(Callback):
     Two questions. Is `gradients` the derivative of `loss`, by autograd and finite differences in
     float64, on a few rows? And is the reduced `p.grad` what the rows of all processes demand: no
     reduction missing, no factor of the number of processes? The largest relative error is logged
-    as `gradcheck/<parameter>`.
+    as `gradcheck/<parameter>`. With the Trainer's own accumulation nothing is checked: it averages
+    the means of batches, whatever their sizes.
 
     Args:
         every_n_updates: Updates from one check to the next; the first is checked too.
@@ -56,6 +57,8 @@ class GradientCheck(Callback):
     ) -> None:
         """Keep the rows of the update that is checked: blocks begin with it."""
         if trainer.global_step % self.every_n_updates or not _known(pl_module):
+            return
+        if trainer.accumulate_grad_batches > 1:  # Lightning averages batches, not rows
             return
         shares = pl_module.as_batch(batch).shares()
         if pl_module.hparams["accumulate_grad_batches"] == 1:
@@ -90,7 +93,8 @@ class GradientCheck(Callback):
         flat = reduce_sum(torch.cat([gradient.reshape(-1) for gradient in own]))
         pieces = flat.split([gradient.numel() for gradient in own])
         expected = [piece.view_as(gradient) for piece, gradient in zip(pieces, own, strict=True)]
-        module.clip(_holders(expected))
+        if not module.automatic_optimization:  # Lightning calls this hook before it clips
+            module.clip(_holders(expected))
         mixed = trainer.precision == "bf16-mixed" and module.automatic_optimization
         rows = sum(total for _, _, total in shares)
         share = sum(len(y) for _, y, _ in shares) / rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from lightning_gd.data.tensors import Table, TensorDataModule
 from lightning_gd.refusals import number
 
+LONGLEY = Path(__file__).with_name("longley.csv")
 LARGEST = 1e150  # the squares of larger numbers overflow float64
 
 
@@ -43,7 +45,8 @@ class TableData(TensorDataModule):
     checkpoint that is loaded. A run in `64-true` reads the table in float64, others in float32.
 
     Args:
-        path: The file.
+        path: The file; `longley` is the example inside the package, a small economic table
+            whose columns resemble each other and whose coefficients NIST certifies.
         target: Name of the column to predict.
         features: Names of the columns to predict from; null for all others.
         test_fraction: Share of the rows kept for the test, drawn by `seed`; 0 for none.
@@ -59,8 +62,8 @@ class TableData(TensorDataModule):
 
     def __init__(
         self,
-        path: str,
-        target: str,
+        path: str = "longley",
+        target: str = "employed",
         features: list[str] | None = None,
         test_fraction: float = 0.2,
         test_path: str | None = None,
@@ -73,11 +76,13 @@ class TableData(TensorDataModule):
             raise ValueError(f"test_fraction={test_fraction!r} must be below 1: rows must be left")
         if len(separator) != 1:
             raise ValueError(f"separator={separator!r} must be one character, such as ',' or ';'")
+        path = str(LONGLEY) if path == "longley" else path
         self.path, self.target, self.separator = path, target, separator
         self.test_fraction, self.test_path = test_fraction, test_path
         self.features = _features(path, self._header(path), target, features)
-        self.mean: Tensor | None = None  # m, shape [D], float64
-        self.scale: Tensor | None = None  # s, shape [D], float64
+        self.mean = torch.zeros(self.num_features, dtype=torch.float64)  # m
+        self.scale = torch.ones_like(self.mean)  # s
+        self._known = False  # whether m and s are those of a table, be it a checkpoint's
         self.test_lines: list[int] = []  # where each test row stands in its file
 
     @property
@@ -106,9 +111,10 @@ class TableData(TensorDataModule):
             parts["test"] = self._read(self.test_path, target_needed=not predicts)
         if "test" in parts:
             self.test_lines = parts["test"].lines.tolist()
-        if self.mean is None:  # of the rows that are trained on; those for validation come last
+        if not self._known:  # from the rows to train on; those for validation come last
             train = parts["train"].x
             self.mean, self.scale = _statistics(train[: max(1, len(train) - self.num_val)])
+            self._known = True
         return {part: self._table(rows.x, rows.y) for part, rows in parts.items()}
 
     def _split(self, rows: Rows) -> dict[str, Rows]:
@@ -163,9 +169,9 @@ class TableData(TensorDataModule):
                 f"this order; here they are {', '.join(self.features)}: choose them with "
                 "--data.features"
             )
-        mean, scale = self.mean, self.scale
+        mean, scale, self._known = self.mean, self.scale, True
         self.mean, self.scale = state["mean"], state["scale"]
-        if mean is None or torch.equal(mean, self.mean) and torch.equal(scale, self.scale):
+        if torch.equal(mean, self.mean) and torch.equal(scale, self.scale):
             return
         for part, table in self.tables.items():
             self.tables[part] = self._table(table.x.double() * scale + mean, table.y)
@@ -222,6 +228,8 @@ def _check_name(path: str, name: str, names: list[str]) -> None:
         return
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
+    if len(names) == 1:
+        hint = "is --data.separator right? "
     raise ValueError(f"{path} has no column {name!r}: {hint}its columns: {', '.join(names)}")
 
 
@@ -243,7 +251,7 @@ def _frame(path: str, separator: str) -> Any:
                 low_memory=False,
             )
         except (ValueError, pandas.errors.ParserWarning) as error:
-            raise ValueError(f"{path} cannot be read as a table: {error}") from error
+            raise ValueError(f"{path} cannot be read as a table: {str(error).strip()}") from error
     frame = frame.dropna(how="all")
     if frame.empty:
         raise ValueError(f"{path} has a header and no rows")
@@ -254,14 +262,14 @@ def _numbers(path: str, name: str, column: Any) -> Tensor:
     """A column in float64, or an error at its first cell that holds no finite number."""
     import pandas
 
-    numbers = pandas.to_numeric(column, errors="coerce")
+    numbers: Any = pandas.to_numeric(column, errors="coerce")
     values = numbers.to_numpy(dtype="float64", na_value=float("nan"))
     bad = ~(abs(values) < LARGEST)
     if bad.any():
         at = int(bad.argmax())
         cell = column.iloc[at]
-        what = "the cell is empty" if pandas.isna(cell) else f"{cell!r} is not a finite number"
-        more = f" (and {bad.sum() - 1:,} more cells of this column)" if bad.sum() > 1 else ""
+        what = "the cell is empty" if pandas.isna(cell) else f"'{cell}' is not a finite number"
+        more = f" (and {bad.sum() - 1:,} more in this column)" if bad.sum() > 1 else ""
         raise ValueError(
             f"{path}, line {column.index[at] + 2}, column {name!r}: {what}{more}; "
             "mend it, or choose other columns with --data.features"

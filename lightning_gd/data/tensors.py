@@ -215,6 +215,7 @@ class TensorDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters()  # a checkpoint brings its data's settings along
         whole_number("batch_size", batch_size, 1, optional=True)
         whole_number("passes_per_epoch", passes_per_epoch, 1)
         whole_number("num_val", num_val, 0)
