@@ -241,7 +241,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Save the last in the midst of an epoch; where one ends, or validates, that comes first."""
+        """Save the last in the midst of an epoch; its end, or a validation, comes first."""
         loop = trainer.fit_loop.epoch_loop
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None

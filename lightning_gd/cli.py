@@ -10,6 +10,8 @@ from argparse import ArgumentError
 from pathlib import Path
 from traceback import print_exception
 
+from lightning_gd.refusals import DivergenceError
+
 EXPERIMENTS = Path(__file__).parent / "experiments"
 VERBS = {
     "fit": "train, and stop there",
@@ -37,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments without the program's name; `None` takes those of the process.
 
     Returns:
-        0 on success, 1 where the world failed (files, network), 2 where the arguments are wrong.
+        0 on success, 1 where the world failed (files, network), 2 where the arguments are wrong,
+        3 where the run diverged.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in arguments
@@ -55,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         if traceback:
             print_exception(error)
         print(f"error: {_message(error)}", file=sys.stderr)
+        if isinstance(error, DivergenceError):
+            return 3
         return 2 if _written_wrong(error) else 1
 
 

@@ -34,7 +34,6 @@ from lightning_gd.module import GradientDescentModule
 from lightning_gd.refusals import number
 from lightning_gd.resuming import differences, find, run_of, settings
 
-
 # Warnings of Lightning that nothing a user could write would change.
 UNAVOIDABLE = (
     ".*LeafSpec.* is deprecated",  # raised inside Lightning by a newer torch

@@ -18,7 +18,7 @@ from lightning_gd.evaluation import EvaluatedModule
 from lightning_gd.leastsquares import LeastSquares
 from lightning_gd.moments import Moments
 from lightning_gd.optimizers import build_optimizer, build_scheduler, needs_metric
-from lightning_gd.refusals import check_settings, check_trainer
+from lightning_gd.refusals import DivergenceError, check_settings, check_trainer
 from lightning_gd.resuming import adopt
 
 Gradients = dict[str, Tensor]
@@ -87,6 +87,12 @@ class GradientDescentModule(EvaluatedModule):
         self._train: Moments | None = None  # where updates need no rows
         self._squares: LeastSquares | None = None
         self._test_every = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class that changes the formulas does not inherit the shortcut made for the old ones."""
+        super().__init_subclass__(**kwargs)
+        if not cls._own("loss_and_gradients", BASIS):
+            cls.loss_and_gradients = GradientDescentModule.loss_and_gradients
 
     # What a model says
 
@@ -184,15 +190,9 @@ class GradientDescentModule(EvaluatedModule):
         return "val/loss" if self.trainer.enable_validation else "train/loss"
 
     def on_fit_start(self) -> None:
-        """Choose the formula, and take this process's rows for the test curve."""
+        """Take this process's rows for the test curve, or the moments of all."""
         self._names = [name for name, p in self.named_parameters() if p.requires_grad]
         self._trained = [p for p in self.parameters() if p.requires_grad]
-        one_pass = self._own("loss_and_gradients", BASIS)
-        self._formula = (
-            self.loss_and_gradients
-            if one_pass
-            else lambda x, y: (self.loss(x, y), self.gradients(x, y))
-        )
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         draw_test = getattr(data, "test_every", 0) != 0 and "test" in data.tables
         if self.hparams["moments"]:
@@ -269,7 +269,7 @@ class GradientDescentModule(EvaluatedModule):
         """Loss and gradients over this process's rows; zeros, and no formula, for none."""
         if len(y) == 0:
             return [self._trained[0].new_zeros(()), *map(torch.zeros_like, self._trained)]
-        loss, gradients = self._formula(x, y)
+        loss, gradients = self.loss_and_gradients(x, y)
         return [loss, *[gradients[name] for name in self._names]]
 
     def _means_of(self, moments: Moments) -> list[Tensor]:
@@ -361,11 +361,34 @@ class GradientDescentModule(EvaluatedModule):
     def _finish(self, losses: list[Tensor], rows: list[int]) -> None:
         """Close a block: keep the epoch's mean, show the last loss, write full curves."""
         stacked = torch.stack(losses)
+        self._stop_if_diverged(stacked)
         self._epoch_loss[0] += (stacked * torch.tensor(rows).to(stacked)).sum()
         self._epoch_loss[1] += sum(rows)
         self.log("train/loss", losses[-1], prog_bar=True, logger=False)
         if self.curves.full():
             self.curves.write(self.trainer)
+
+    def _stop_if_diverged(self, losses: Tensor) -> None:
+        """Raise on every process alike, before anything is kept of it."""
+        weights = torch.stack([p.isfinite().all() for p in self._trained])
+        if torch.cat([losses.isfinite(), weights]).all():
+            return
+        self.curves.write(self.trainer)
+        bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
+        made = self.trainer.global_step - len(losses) + (bad[0] if bad else len(losses))
+        what = f"the loss is {losses[bad[0]].item()}" if bad else "a weight is not finite"
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        stable = "" if self.squares is None else self._stable_rate()
+        last = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
+        kept = f"the last finite checkpoint is {last}" if last else "no checkpoint was written"
+        raise DivergenceError(
+            f"diverged: {what} after {made} updates at lr {lr:.4g}{stable}; {kept}"
+        )
+
+    def _stable_rate(self) -> str:
+        assert self.squares is not None
+        largest = self.squares.curvature.max_lr(self.hparams["momentum"])
+        return f" (the largest stable rate of full-batch SGD is {largest:.4g})"
 
     def on_train_epoch_end(self) -> None:
         """The mean loss of an epoch of mini-batches, for what watches it; plateaus step."""
@@ -393,7 +416,7 @@ class GradientDescentModule(EvaluatedModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model leaves the data of its run behind."""
-        run = {"_test": None, "_train": None, "_squares": None, "_formula": None}
+        run = {"_test": None, "_train": None, "_squares": None}
         return {**super().__getstate__(), **run}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

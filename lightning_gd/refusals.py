@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 
 
+class DivergenceError(ArithmeticError):
+    """The loss or a weight became infinite or NaN; exit status 3."""
+
+
 def number(name: str, value: object, *, above: float | None = None, least: float | None = None):
     """Refuse anything but a finite number in the range given.
 

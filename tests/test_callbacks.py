@@ -50,7 +50,9 @@ def test_warn_goes_on(make_trainer, monkeypatch):
         fit(trainer, model_class=Planted)
     assert trainer.global_step == 50
     said = [str(w.message) for w in caught if "gradient check" in str(w.message)]
-    assert [f"at update {k}" in text for k, text in zip((0, 20, 40), said, strict=True)] == [True] * 3
+    assert [f"at update {k}" in text for k, text in zip((0, 20, 40), said, strict=True)] == [
+        True
+    ] * 3
 
 
 CHECKED = {
@@ -184,7 +186,9 @@ def test_the_local_curvature_of_a_hidden_layer(make_trainer, capsys):
 
     def loss(*values):
         named = dict(zip(start, values, strict=True))
-        return torch.func.functional_call(Loss(model), {f"m.{n}": v for n, v in named.items()}, (x, y))
+        return torch.func.functional_call(
+            Loss(model), {f"m.{n}": v for n, v in named.items()}, (x, y)
+        )
 
     blocks = torch.autograd.functional.hessian(loss, tuple(start.values()))
     rows = [

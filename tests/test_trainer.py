@@ -195,7 +195,7 @@ def test_best_and_last_checkpoint_of_a_run(make_trainer, tmp_path):
     trainer = make_trainer(max_steps=12, callbacks=[checkpoint], enable_checkpointing=True)
     fit(trainer)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "best-step=12.ckpt",
+        "best.ckpt",
         "last.ckpt",
     ]
     assert checkpoint.monitor == "train/loss"

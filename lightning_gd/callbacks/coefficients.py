@@ -19,6 +19,7 @@ from lightning_gd.data.table import TableData
 from lightning_gd.models.linear import LinearRegression
 
 CLOSE = 1e-6  # so near to the exact solution counts as there
+MARGIN = 1.05
 MOST_SHOWN = 50  # coefficients printed; the file has them all
 DOUBLE = 2.0**-52
 
@@ -151,7 +152,7 @@ def _verdict(trainer: Trainer, exact: Exact, distance: float) -> list[str]:
     optimizer, curvature = trainer.optimizers[0], exact.curvature
     lr = float(optimizer.param_groups[0]["lr"])
     momentum = float(optimizer.param_groups[0].get("momentum", 0.0))
-    if not math.isfinite(distance):
+    if not math.isfinite(distance) or lr > curvature.max_lr(momentum):
         return [
             f"the fit diverged: lr {lr:.4g} is too large; the largest stable rate of the full "
             f"batch is {curvature.max_lr(momentum):.4g}, and {curvature.auto_lr:.4g} is safe"
@@ -169,13 +170,15 @@ def _verdict(trainer: Trainer, exact: Exact, distance: float) -> list[str]:
 
 
 def _way_there(curvature: Curvature) -> str:
-    """The quickest rate and momentum for the extreme curvatures M and λ of a quadratic loss.
+    """The quickest rate and momentum for curvatures between λ and M (Polyak's heavy ball).
 
-    lr = 4/(√M + √λ)² and β = ((√M − √λ)/(√M + √λ))² shrink every error by √β an update (Polyak).
+    lr = 4/(√M + √λ)² and β = ((√M − √λ)/(√M + √λ))² shrink every error by √β an update.
     """
-    top, low = math.sqrt(curvature.largest), math.sqrt(curvature.smallest)
+    # At the ends of the range a rounded lr would diverge: make it wider by MARGIN.
+    top = math.sqrt(curvature.largest * MARGIN)
+    low = math.sqrt(curvature.smallest / MARGIN)
     root = (top - low) / (top + low)
-    updates = math.ceil(math.log(CLOSE / 1000) / math.log(root)) if root > 0 else 1
+    updates = math.ceil(math.log(CLOSE / 100) / math.log(root))
     return (
         f"about {updates:,} updates of the full batch would do: --data.batch_size null "
         f"--model.optimizer SGD --model.lr {4 / (top + low) ** 2:.6g} "

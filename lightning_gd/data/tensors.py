@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from lightning_gd.blocks import BlockSchedule
 
 EVALUATION_ROWS = 8192  # rows gathered at once when a part is evaluated
-BLOCK_ELEMENTS = 2**20  # numbers gathered for one block of mini-batches: 4 MiB of float32
-PASS_ELEMENTS = 2**28  # numbers read in one block of full-batch passes: a fraction of a second
+MOVED_ELEMENTS = 2**22  # numbers sent to another device for one block of mini-batches
+READ_ELEMENTS = 2**28  # numbers read in one block: a fraction of a second
 MOST_UPDATES = 128  # updates in a block at most, so that a progress bar moves
 
 
@@ -52,6 +52,7 @@ class Table:
         if len(y) == 0:
             raise ValueError(f"a table needs at least one row; got x {list(raw.shape)}")
         self.raw, self.y, self.scale, self.shift, self.labels = raw, y, scale, shift, labels
+        self.dtype = raw.dtype if raw.is_floating_point() else torch.get_default_dtype()
         self._x: Tensor | None = None
 
     def __len__(self) -> int:
@@ -60,13 +61,16 @@ class Table:
     @property
     def x(self) -> Tensor:
         """The inputs as the model sees them, shape [N, D]."""
-        if self._x is None:
-            plain = self.raw.is_floating_point() and (self.scale, self.shift) == (1.0, 0.0)
-            self._x = self.raw if plain else self._normalised()
+        if self._x is None or self._x.dtype != self.dtype:
+            plain = (self.scale, self.shift) == (1.0, 0.0)
+            x = self.raw.to(self.dtype, copy=not plain)
+            self._x = x if plain else x.mul_(self.scale).add_(self.shift)
         return self._x
 
-    def _normalised(self) -> Tensor:
-        return self.raw.to(torch.get_default_dtype()).mul_(self.scale).add_(self.shift)
+    def use(self, dtype: torch.dtype) -> Table:
+        """Hold inputs and targets in this precision from now on."""
+        self.dtype, self.y = dtype, self.y.to(dtype)
+        return self
 
     def moments(self, rank: int = 0, world: int = 1) -> Moments:
         """The moments of one process's rows, exact for bytes: taken of `raw`, then scaled."""
@@ -162,9 +166,9 @@ class GlobalBatches:
         return torch.from_numpy(np.random.default_rng(source).permutation(len(self.table)))
 
     def _most(self) -> int:
-        full = self.batch_size == len(self.table)
+        sent = self.moves and self.batch_size < len(self.table)
         elements = self.batch_size * self.table.raw[0].numel() // self.world
-        budget = PASS_ELEMENTS if full else BLOCK_ELEMENTS
+        budget = MOVED_ELEMENTS if sent else READ_ELEMENTS
         return max(1, min(MOST_UPDATES, budget // max(1, elements)))
 
     def _full(self, passes: int) -> Batch:
@@ -255,7 +259,7 @@ class TensorDataModule(LightningDataModule):
 
     def share(self, part: str) -> Batch:
         """This process's rows of `"train"`, `"val"` or `"test"`, as one update."""
-        return share(self.tables[part], *self._place())
+        return share(self._part(part), *self._place())
 
     def moments(self, part: str) -> Moments:
         """The moments of this process's rows of a part, float64."""
@@ -263,7 +267,7 @@ class TensorDataModule(LightningDataModule):
 
     def train_dataloader(self) -> GlobalBatches:
         """Global batches, or blocks of them where the model takes several updates a step."""
-        schedule, table = None, self.tables["train"]
+        schedule, table = None, self._part("train")
         model = None if self.trainer is None else self.trainer.lightning_module
         if isinstance(model, HasBlocks):
             schedule = model.block_schedule()
@@ -297,7 +301,13 @@ class TensorDataModule(LightningDataModule):
         if part not in self.tables:
             return []
         rank, world = self._place()
-        return GlobalBatches(self.tables[part], EVALUATION_ROWS, rank=rank, world=world)
+        return GlobalBatches(self._part(part), EVALUATION_ROWS, rank=rank, world=world)
+
+    def _part(self, part: str) -> Table:
+        """A table in the precision of the run, converted once and not at every step."""
+        double = self.trainer is not None and self.trainer.precision == "64-true"
+        table = self.tables[part]
+        return table.use(torch.float64) if double else table
 
     def _place(self) -> tuple[int, int]:
         trainer = self.trainer
