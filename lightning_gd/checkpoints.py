@@ -232,12 +232,12 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,  # one name each, which is replaced as a whole
         )
         self.every_n_updates = every_n_updates
-        self._validated, self._saved = -1, -1  # at which update
+        self._validated, self._saved = -1, 0  # at which update
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose what to watch, now that the data are known."""
         self.monitor = "val/loss" if trainer.enable_validation else "train/loss"
-        self._validated, self._saved = -1, -1
+        self._validated, self._saved = -1, 0
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:

@@ -317,11 +317,16 @@ class LearningRateReport:
                 f"{self.loss_factor:.4g}; the largest stable rate is {self.max_lr:.4g}"
             )
         swing = self.top_factor is not None and self.top_factor < 0
+        swing = "; the steepest part changes sign at each update" if swing else ""
+        if 1 - self.factor < 1e-4:
+            halving = f"{math.log(0.5) / math.log(self.factor):.2g}" if self.factor < 1 else "∞"
+            return (
+                f"lr {self.lr:.4g} converges, slowly along the flattest direction: halving the "
+                f"error there takes {halving} updates{swing}"
+            )
         return (
-            f"lr {self.lr:.4g} converges: in the long run each update multiplies the slowest part "
-            f"of the error by {self.factor:.4g} and the loss above the optimum by "
-            f"{self.loss_factor:.4g}"
-            + ("; the steepest part changes sign at each update" if swing else "")
+            f"lr {self.lr:.4g} converges: in the long run each update multiplies the error by "
+            f"{self.factor:.4g} and the loss above the optimum by {self.loss_factor:.4g}{swing}"
         )
 
 

@@ -1,5 +1,6 @@
 """The command line: what it resolves, runs, writes, prints and refuses."""
 
+import functools
 import io
 import re
 import subprocess
@@ -213,9 +214,12 @@ def test_the_resolved_config_runs_again(three_updates, tmp_path):
 
 def test_the_verbs(three_updates, tmp_path, monkeypatch):
     predicted, predict = [], Trainer.predict
-    monkeypatch.setattr(
-        Trainer, "predict", lambda *a, **k: predicted.extend(predict(*a, **k) or [])
-    )
+
+    @functools.wraps(predict)  # LightningCLI makes options of its arguments
+    def keeping(*args, **settings):
+        predicted.extend(predict(*args, **settings) or [])
+
+    monkeypatch.setattr(Trainer, "predict", keeping)
     status, out, err = run("fit", *three_updates)
     assert (status, err) == (0, "") and "train/loss" in out and "test/loss" not in out
     checkpoint = tmp_path / "linear" / "version_0" / "checkpoints" / "last.ckpt"

@@ -128,7 +128,7 @@ def test_early_stopping_agrees_on_both_roads(make_trainer):
     assert stopped[0][1] == pytest.approx(stopped[1][1], rel=1e-12)
 
 
-# The second ModelCheckpoint writes elsewhere, and Lightning says that it forgets the first's scores.
+# The second ModelCheckpoint writes elsewhere: Lightning says that it forgets the first's scores.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("gradient", ["explicit", "autograd"])
 @pytest.mark.parametrize("data", [{"batch_size": 8}, {"passes_per_epoch": 6}], ids=str)

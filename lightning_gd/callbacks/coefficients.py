@@ -150,9 +150,9 @@ def _verdict(trainer: Trainer, exact: Exact, distance: float) -> list[str]:
     if distance <= CLOSE:
         return [f"the exact solution is reached to {distance:.1e} of its largest coefficient"]
     optimizer, curvature = trainer.optimizers[0], exact.curvature
-    lr = float(optimizer.param_groups[0]["lr"])
-    momentum = float(optimizer.param_groups[0].get("momentum", 0.0))
-    if not math.isfinite(distance) or lr > curvature.max_lr(momentum):
+    group, plain = optimizer.param_groups[0], isinstance(optimizer, torch.optim.SGD)
+    lr, momentum = float(group["lr"]), float(group.get("momentum", 0.0))
+    if not math.isfinite(distance) or plain and lr > curvature.max_lr(momentum):
         return [
             f"the fit diverged: lr {lr:.4g} is too large; the largest stable rate of the full "
             f"batch is {curvature.max_lr(momentum):.4g}, and {curvature.auto_lr:.4g} is safe"
@@ -161,7 +161,7 @@ def _verdict(trainer: Trainer, exact: Exact, distance: float) -> list[str]:
         f"{distance:.2g} of the largest coefficient away from the exact solution after "
         f"{trainer.global_step:,} updates: the condition number is {curvature.condition_number:.3g}"
     ]
-    if isinstance(optimizer, torch.optim.SGD):
+    if plain:
         factor = curvature.factor(lr, momentum)
         lines[0] += f", so an update leaves {factor:.8f} of the slowest part of the error"
     if trainer.precision != "64-true":

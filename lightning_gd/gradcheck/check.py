@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_gd.gradcheck.bench import Bench, Both, Formula, double, repeated
 from lightning_gd.gradcheck.diagnosis import Evidence, malformed, mistaken, name_reduction
 from lightning_gd.gradcheck.differences import STEP, Batch, Scale, Slope, scale_of_terms, slopes
-from lightning_gd.gradcheck.bench import Bench, Both, Formula, double, repeated
 from lightning_gd.gradcheck.report import GradientError, GradientReport, ParameterReport
 
 __all__ = ["GradientError", "GradientReport", "ParameterReport", "check_gradients", "check_reduced"]
