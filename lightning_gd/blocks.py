@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
     ProgressBar,
     Timer,
 )
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 if TYPE_CHECKING:
@@ -37,6 +38,18 @@ class BlockSchedule:
 
     def __init__(self, trainer: Trainer, limit: int | None, accumulate: int = 1) -> None:
         self.trainer, self.limit, self.accumulate = trainer, limit, accumulate
+        self._leave_ended_epoch()
+
+    def _leave_ended_epoch(self) -> None:
+        """Go on behind an epoch that had ended when its checkpoint was saved.
+
+        A run bounded by `max_steps` would end that epoch a second time and skip the next; one
+        bounded by `max_epochs` does as here by itself.
+        """
+        loop = self.trainer.fit_loop
+        epochs = loop.epoch_progress.current
+        if loop.restarting and epochs.ready == epochs.started == epochs.processed:
+            _Loop.restarting.fset(loop, False)  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def epoch(self) -> int:

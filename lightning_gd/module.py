@@ -55,7 +55,8 @@ class GradientDescentModule(EvaluatedModule):
         updates_per_step: The most updates in one `training_step` of the explicit road; null
             chooses by the size of the data. A block ends early where something must happen.
         moments: Read the data once and make every full-batch update from its moments xᵀx, xᵀy:
-            the same numbers at a price that does not grow with the rows. Explicit road only.
+            the same numbers at a price that does not grow with the rows. Of no effect on the
+            autograd road, which reads the rows.
 
     Raises:
         ValueError: If a setting is out of range, naming it, its value and the accepted form.
@@ -151,8 +152,8 @@ class GradientDescentModule(EvaluatedModule):
         scheduler = build_scheduler(h["scheduler"], optimizer, h["scheduler_args"] or {})
         interval = "step" if h["scheduler_interval"] == "update" else "epoch"
         config: dict[str, Any] = {"scheduler": scheduler, "interval": interval}
-        if self.automatic_optimization:  # Lightning watches only on this road
-            config["monitor"] = self.watched
+        if self.automatic_optimization:  # Lightning would step a plateau after the checkpoint
+            config.update(monitor=self.watched, frequency=2**62 if needs_metric(scheduler) else 1)
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def _auto_lr(self) -> float:
@@ -176,6 +177,11 @@ class GradientDescentModule(EvaluatedModule):
         return None
 
     @property
+    def uses_moments(self) -> bool:
+        """Whether updates come from moments, and need no rows."""
+        return self.hparams["moments"] and not self.automatic_optimization
+
+    @property
     def squares(self) -> LeastSquares | None:
         """What this run knows of its least-squares loss; `None` for another loss or data."""
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -195,7 +201,7 @@ class GradientDescentModule(EvaluatedModule):
         self._trained = [p for p in self.parameters() if p.requires_grad]
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         draw_test = getattr(data, "test_every", 0) != 0 and "test" in data.tables
-        if self.hparams["moments"]:
+        if self.uses_moments:
             reason = self._no_moments()
             if reason:
                 raise ValueError(f"moments=True cannot be: {reason}")
@@ -288,13 +294,14 @@ class GradientDescentModule(EvaluatedModule):
     def _step_schedulers(self, interval: str, loss: Tensor | None = None) -> None:
         """What Lightning leaves undone in manual optimization; plateaus wait for their metric."""
         for config in self.trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
             if config.interval != interval:
                 continue
-            scheduler: Any = config.scheduler
-            if not needs_metric(scheduler):
+            if needs_metric(scheduler):
+                if loss is not None:
+                    scheduler.step(loss)
+            elif not self.automatic_optimization:
                 scheduler.step()
-            elif loss is not None:
-                scheduler.step(loss)
 
     # The autograd road
 
@@ -325,6 +332,7 @@ class GradientDescentModule(EvaluatedModule):
         rows = self._mean.rows
         loss, *test = self._mean.reduce(test)
         self._record(step, loss, self._norm, test)
+        self._step_schedulers("step", loss)
         self._finish([loss], [rows])
 
     # Both roads
@@ -397,8 +405,6 @@ class GradientDescentModule(EvaluatedModule):
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if rows and getattr(data, "batch_size", 0) is not None:
             self.log("train/loss", total / rows, logger=False, sync_dist=True)
-        if self.automatic_optimization:
-            return
         for config in self.trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler
             if config.interval == "epoch" and needs_metric(scheduler):

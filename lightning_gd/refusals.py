@@ -74,11 +74,10 @@ def check_settings(h: Mapping[str, Any]) -> None:
     one_of("gradient_clip_algorithm", h["gradient_clip_algorithm"], ("norm", "value"))
     whole_number("accumulate_grad_batches", h["accumulate_grad_batches"], 1)
     whole_number("updates_per_step", h["updates_per_step"], 1, optional=True)
-    if h["moments"] and (h["gradient"] != "explicit" or h["accumulate_grad_batches"] > 1):
+    if h["moments"] and h["accumulate_grad_batches"] > 1:
         raise ValueError(
-            "moments=True trains from a formula over the full batch: it needs gradient='explicit' "
-            f"and accumulate_grad_batches=1, not {h['gradient']!r} and "
-            f"{h['accumulate_grad_batches']!r}"
+            "moments=True takes the full batch at every update: accumulate_grad_batches="
+            f"{h['accumulate_grad_batches']!r} must be 1"
         )
     for name, owner in (("optimizer_args", "optimizer"), ("scheduler_args", "scheduler")):
         if h[name] is not None and not isinstance(h[name], dict):

@@ -155,8 +155,8 @@ def test_lr_auto_is_refused_with_the_reason(make_trainer, case):
 def test_moments_are_refused_with_the_reason(make_trainer):
     with pytest.raises(ValueError, match="moments=True cannot be: batch_size=4"):
         fit(make_trainer(max_steps=3), RandomRows(batch_size=4), moments=True)
-    with pytest.raises(ValueError, match="moments=True.*needs gradient='explicit'"):
-        LinearRegression(moments=True, gradient="autograd")
+    with pytest.raises(ValueError, match="accumulate_grad_batches=2 must be 1"):
+        LinearRegression(moments=True, accumulate_grad_batches=2)
 
 
 def test_training_from_moments_ends_in_the_same_weights(make_trainer):

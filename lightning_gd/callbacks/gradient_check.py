@@ -73,7 +73,7 @@ class GradientCheck(Callback):
         if not self._shares or not _known(pl_module):
             return
         shares, self._shares = self._shares, []
-        if pl_module.hparams["moments"]:
+        if pl_module.uses_moments:
             data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
             batch = data.share("train")
             shares = list(batch._replace(x=batch.x.to(pl_module.device)).shares())

@@ -34,7 +34,7 @@ class EndTable(Callback):
         hparams, updates = pl_module.hparams, trainer.global_step - self._first
         self.rows = {
             "model": type(pl_module).__name__,
-            "gradient": _road(hparams.get("gradient", "autograd")),
+            "gradient": _road(pl_module),
             "updates": f"{updates:,}" + (f" (to {trainer.global_step:,})" if self._first else ""),
             "seconds": f"{seconds:.2f}",
             "learning rate": f"{hparams.get('lr', float('nan')):g}",
@@ -68,8 +68,10 @@ class EndTable(Callback):
         console.print(table)
 
 
-def _road(gradient: str) -> str:
-    return {"explicit": "explicit (formula)", "autograd": "autograd"}[gradient]
+def _road(module: LightningModule) -> str:
+    if not isinstance(module, GradientDescentModule) or module.automatic_optimization:
+        return "autograd, one update a step"
+    return "explicit, from moments" if module.uses_moments else "explicit, by the formula"
 
 
 def _metric_rows(metrics: dict[str, float]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class Table:
 class HasBlocks(Protocol):
     """What the loader asks of a model that takes several updates a step."""
 
-    hparams: Any
+    uses_moments: bool
 
     def block_schedule(self) -> BlockSchedule:
         """Where the blocks of its run end."""
@@ -271,7 +271,7 @@ class TensorDataModule(LightningDataModule):
         model = None if self.trainer is None else self.trainer.lightning_module
         if isinstance(model, HasBlocks):
             schedule = model.block_schedule()
-            table = table.without_inputs() if model.hparams["moments"] else table
+            table = table.without_inputs() if model.uses_moments else table
         rank, world = self._place()
         return GlobalBatches(
             table,
