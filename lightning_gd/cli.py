@@ -167,5 +167,5 @@ def _message(error: Exception) -> str:
     if "Does not validate against" in text:
         kept = [line.strip(" -") for line in text.splitlines() if not _NOISE.match(line)]
         text = " ".join(kept)
-    plain = _written_wrong(error) or isinstance(error, (OSError, RuntimeError))
+    plain = _written_wrong(error) or isinstance(error, (OSError, RuntimeError, ArithmeticError))
     return text if plain else f"{type(error).__name__}: {text}"

@@ -14,7 +14,7 @@ SIDE, BOX = 28, 20  # pixels of a picture of MNIST, and of the box that its digi
 LARGEST = 1024  # pixels of a side that is worked on; a larger picture is reduced first
 OPAQUE = 128  # alpha from which a pixel counts as seen
 CONTRAST = 32  # the least difference, of 255, between ink and paper
-FAINT = 0.2  # of the darkest ink: what is fainter is paper, when the digit's box is looked for
+FAINT = 0.1  # of the darkest ink: what is fainter is paper, when the digit's box is looked for
 
 
 def read_digit(path: Path) -> NDArray[np.uint8]:

@@ -10,11 +10,11 @@ import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import torch.distributed as dist
 import yaml
-from jsonargparse.util import import_object
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -94,7 +94,7 @@ class CommandLine(LightningCLI):
             str(word), Path(config.trainer.default_root_dir or "lightning_logs", config.experiment)
         )
         self.checkpoint = checkpoint = read(file)
-        classes = {part: import_object(config[part].class_path) for part in ("model", "data")}
+        classes = {part: locate(config[part].class_path) for part in ("model", "data")}
         check_class(checkpoint, classes["model"])
         theirs = settings(checkpoint, classes["data"])
         below = {p: {"class_path": config[p].class_path, "init_args": v} for p, v in theirs.items()}
