@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,7 @@ class Curves:
         """Begin a run of so many updates."""
         self._stride = max(1, -(-updates // MOST_POINTS))
 
-    def record(self, step: int, values: dict[str, Tensor | float]) -> None:
+    def record(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Keep one point of each curve, unless it is thinned out."""
         if step % self._stride:
             return
@@ -51,7 +52,7 @@ class Curves:
         if not trainer.is_global_zero:
             return
         points = [
-            (step, {n: c[i] for n, c in columns.items() if c[i] is not None})
+            (step, {n: value for n, c in columns.items() if (value := c[i]) is not None})
             for i, step in enumerate(steps)
         ]
         for logger in trainer.loggers:

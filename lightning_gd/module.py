@@ -244,6 +244,7 @@ class GradientDescentModule(EvaluatedModule):
     def _explicit_block(self, batch: Batch) -> None:
         optimizer: Any = self.optimizers()
         step, losses, rows = self.trainer.global_step, [], []
+        scheduled = bool(self.trainer.lr_scheduler_configs)
         due = self._updates_due(batch.sizes.updates)
         for (x, y, total), update in zip(batch.shares(), due, strict=True):
             if self._train is None:
@@ -259,9 +260,10 @@ class GradientDescentModule(EvaluatedModule):
                 parameter.grad = gradient
             test = gradients[len(self._trained) :]
             norm = self.clip(self._trained)
-            self._record(step, loss, norm, test)
+            self._record(step, loss, norm, test, scheduled)
             optimizer.step()
-            self._step_schedulers("step", loss)
+            if scheduled:
+                self._step_schedulers("step", loss)
             step += 1
             losses.append(loss)
         if losses:
@@ -275,13 +277,20 @@ class GradientDescentModule(EvaluatedModule):
         """Loss and gradients over this process's rows; zeros, and no formula, for none."""
         if len(y) == 0:
             return [self._trained[0].new_zeros(()), *map(torch.zeros_like, self._trained)]
-        loss, gradients = self.loss_and_gradients(x, y)
-        return [loss, *[gradients[name] for name in self._names]]
+        return self._in_order(*self.loss_and_gradients(x, y))
 
     def _means_of(self, moments: Moments) -> list[Tensor]:
         """Loss and gradients over all rows of all processes, from their moments."""
-        loss, gradients = self.loss_and_gradients_from_moments(moments)
-        return [loss, *[gradients[name] for name in self._names]]
+        return self._in_order(*self.loss_and_gradients_from_moments(moments))
+
+    def _in_order(self, loss: Tensor, gradients: Gradients) -> list[Tensor]:
+        try:
+            return [loss, *[gradients[name] for name in self._names]]
+        except KeyError as missing:
+            raise ValueError(
+                f"the gradients of {type(self).__name__} lack {missing}: they name "
+                f"{sorted(gradients)}, and the trained parameters are {self._names}"
+            ) from None
 
     def _updates_due(self, batches: int) -> list[bool]:
         """Which batches of a block end an update: all, or with accumulation the last, if any."""
@@ -331,7 +340,7 @@ class GradientDescentModule(EvaluatedModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         rows = self._mean.rows
         loss, *test = self._mean.reduce(test)
-        self._record(step, loss, self._norm, test)
+        self._record(step, loss, self._norm, test, bool(self.trainer.lr_scheduler_configs))
         self._step_schedulers("step", loss)
         self._finish([loss], [rows])
 
@@ -358,11 +367,13 @@ class GradientDescentModule(EvaluatedModule):
             return [self.loss_from_moments(self._test)]
         return [self._share_of_loss(self._test)]
 
-    def _record(self, step: int, loss: Tensor, norm: Tensor, test: list[Tensor]) -> None:
+    def _record(
+        self, step: int, loss: Tensor, norm: Tensor, test: list[Tensor], scheduled: bool
+    ) -> None:
         values: dict[str, Tensor | float] = {"train/loss": loss, "gradient_norm": norm}
         if test:
             values["test/loss"] = test[0]
-        if self.trainer.lr_scheduler_configs or step == 0:
+        if scheduled or step == 0:
             values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.curves.record(step, values)
 

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from lightning.pytorch import Trainer
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+SHORT_PRECISIONS = ("32", "64", "bf16", "None")  # other names of these, and the default
+SEEDS = 2**63  # torch takes no larger seed
 
 
 class DivergenceError(ArithmeticError):
@@ -31,7 +34,9 @@ def number(name: str, value: object, *, above: float | None = None, least: float
         raise ValueError(f"{name}={value!r} must be {form}")
 
 
-def whole_number(name: str, value: object, least: int, *, optional: bool = False) -> None:
+def whole_number(
+    name: str, value: object, least: int, *, optional: bool = False, below: int | None = None
+) -> None:
     """Refuse anything but an integer of at least `least` (or `None` where that is allowed).
 
     Raises:
@@ -42,6 +47,8 @@ def whole_number(name: str, value: object, least: int, *, optional: bool = False
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         also = " or null" if optional else ""
         raise ValueError(f"{name}={value!r} must be an integer of at least {least}{also}")
+    if below is not None and value >= below:
+        raise ValueError(f"{name}={value!r} must be an integer below {below}")
 
 
 def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
@@ -84,6 +91,33 @@ def check_settings(h: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={h[name]!r} must map arguments of the {owner} to values")
 
 
+def check_precision(precision: object) -> None:
+    """Refuse a precision in which explicit gradients are not those of the formula.
+
+    Raises:
+        ValueError: Naming it and those to use.
+    """
+    if str(precision) not in PRECISIONS + SHORT_PRECISIONS:
+        raise ValueError(
+            f"--trainer.precision {precision} is not supported: its scaled or rounded "
+            f"gradients are not those of the formula; use one of {', '.join(PRECISIONS)}"
+        )
+
+
+def check_width(model: torch.nn.Module, width: int | None) -> None:
+    """Refuse a model made for another number of features, where both numbers are known.
+
+    Raises:
+        ValueError: Naming both numbers and the setting to use.
+    """
+    mine = getattr(model, "hparams", {}).get("num_features")
+    if None not in (mine, width) and mine != width:
+        raise ValueError(
+            f"num_features={mine} of {type(model).__name__} does not fit the data, whose x is "
+            f"[N, {width}]: give --model.num_features {width}"
+        )
+
+
 def check_trainer(trainer: Trainer, h: Mapping[str, Any]) -> None:
     """Check that the Trainer can run this model, and that no setting is given twice.
 
@@ -97,11 +131,7 @@ def check_trainer(trainer: Trainer, h: Mapping[str, Any]) -> None:
             f"strategy {strategy} is not supported: it shards or wraps the parameters that the "
             "formula needs whole; use --trainer.strategy ddp, or auto with one device"
         )
-    if str(trainer.precision) not in PRECISIONS:
-        raise ValueError(
-            f"--trainer.precision {trainer.precision} is not supported: its scaled or rounded "
-            f"gradients are not those of the formula; use one of {', '.join(PRECISIONS)}"
-        )
+    check_precision(trainer.precision)
     clip, mine = trainer.gradient_clip_val, h["gradient_clip_val"]
     if clip is not None and (explicit or mine is not None):
         raise ValueError(

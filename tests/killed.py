@@ -46,6 +46,7 @@ class Forge:
 
     def __exit__(self, *exception):
         self.server.stdin.close()
+        self.server.stdout.close()
         self.server.wait()
 
     def _ask(self, **request):

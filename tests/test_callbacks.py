@@ -49,10 +49,8 @@ def test_warn_goes_on(make_trainer, monkeypatch):
     with pytest.warns(UserWarning, match="gradient check at update") as caught:
         fit(trainer, model_class=Planted)
     assert trainer.global_step == 50
-    said = [str(w.message) for w in caught if "gradient check" in str(w.message)]
-    assert [f"at update {k}" in text for k, text in zip((0, 20, 40), said, strict=True)] == [
-        True
-    ] * 3
+    said = {str(w.message).split(":")[0] for w in caught if "gradient check" in str(w.message)}
+    assert said == {f"gradient check at update {k}" for k in (0, 20, 40)}
 
 
 CHECKED = {

@@ -51,6 +51,7 @@ class GradientCheck(Callback):
         one_of("on_error", on_error, ("stop", "warn"))
         self.every_n_updates, self.rows, self.on_error = every_n_updates, rows, on_error
         self._shares: list[Share] = []
+        self._errors: dict[str, float] = {}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -60,30 +61,28 @@ class GradientCheck(Callback):
             return
         if trainer.accumulate_grad_batches > 1:  # Lightning averages batches, not rows
             return
-        shares = pl_module.as_batch(batch).shares()
-        if pl_module.hparams["accumulate_grad_batches"] == 1:
-            self._shares.append(next(shares))
-        else:  # the block is this one update
-            self._shares.extend(shares)
+        batch = pl_module.as_batch(batch)
+        if pl_module.uses_moments:
+            data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            batch = data.share("train")
+            batch = batch._replace(x=batch.x.to(pl_module.device), y=batch.y.to(pl_module.device))
+        shares = list(batch.shares())
+        # With accumulation the block is this one update.
+        self._shares = shares if pl_module.hparams["accumulate_grad_batches"] > 1 else shares[:1]
+        self._errors = {}
+        if pl_module.hparams["gradient"] == "explicit":  # before it is used
+            x, y, _ = shares[0]
+            rows = x[: self.rows], y[: self.rows]
+            self._judge(trainer, pl_module, check_gradients(pl_module, *rows) if len(y) else None)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Check, before the weights change."""
-        if not self._shares or not _known(pl_module):
-            return
-        shares, self._shares = self._shares, []
-        if pl_module.uses_moments:
-            data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            batch = data.share("train")
-            shares = list(batch._replace(x=batch.x.to(pl_module.device)).shares())
-        like = next(pl_module.parameters())
-        shares = [(x.to(like), y.to(like), total) for x, y, total in shares]
-        reports = [self._reduced(trainer, pl_module, shares)]
-        x, y, _ = shares[0]
-        if pl_module.hparams["gradient"] == "explicit" and len(y):
-            reports.append(check_gradients(pl_module, x[: self.rows], y[: self.rows]))
-        self._judge(trainer, pl_module, reports)
+        """Check the gradient of all rows, before the weights change."""
+        if self._shares and _known(pl_module):
+            shares, self._shares = self._shares, []
+            self._judge(trainer, pl_module, self._reduced(trainer, pl_module, shares))
+            pl_module.curves.record(trainer.global_step, self._errors)
 
     def _reduced(
         self, trainer: Trainer, module: GradientDescentModule, shares: list[Share]
@@ -109,20 +108,18 @@ class GradientCheck(Callback):
         )
 
     def _judge(
-        self, trainer: Trainer, module: GradientDescentModule, reports: list[GradientReport]
+        self, trainer: Trainer, module: GradientDescentModule, report: GradientReport | None
     ) -> None:
-        errors: dict[str, Tensor | float] = {}
-        for parameter in (p for report in reports for p in report.parameters):
-            name = f"gradcheck/{parameter.name}"
-            errors[name] = max(float(errors.get(name, 0.0)), parameter.relative_error)
-        module.curves.record(trainer.global_step, errors)
-        wrong = [report for report in reports if not report.ok]
+        """Keep the errors, and stop or warn; `None` is a process without rows."""
+        for p in report.parameters if report else ():
+            name = f"gradcheck/{p.name}"
+            self._errors[name] = max(self._errors.get(name, 0.0), p.relative_error)
+        wrong = report is not None and not report.ok
         # All processes stop together, or one would wait for the others for ever.
-        anywhere = reduce_sum(torch.tensor(float(len(wrong)), device=module.device))
+        anywhere = reduce_sum(torch.tensor(float(wrong), device=module.device))
         if not anywhere:
             return
-        text = "\n".join(line for report in wrong for line in report.lines())
-        text = text or "another process found a wrong gradient"
+        text = "\n".join(report.lines()) if report and wrong else "found on another process"
         message = f"gradient check at update {trainer.global_step}:\n{text}"
         if self.on_error == "stop":
             raise GradientError(message)

@@ -235,7 +235,7 @@ def quality(data: TensorDataModule, weight: Tensor, bias: Tensor) -> np.ndarray:
     scores = {}
     for part in ("train", "test"):
         table = data.tables[part]
-        blocks = (b.double() * table.scale + table.shift for b in table.raw.split(4096))
+        blocks = (b.double() * table.scale + table.shift for b in table.raw.split(8192))
         scores[part] = torch.cat([block @ weight.double() + bias.double() for block in blocks])
     loss = (scores["train"] - data.tables["train"].y).square().mean()
     right = ((scores["test"] > 0) == (data.tables["test"].y > 0)).double().mean()
