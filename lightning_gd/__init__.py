@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_gd.batch import Batch
+    from lightning_gd.checkpoints import load
     from lightning_gd.data.mnist import MNISTParityData
     from lightning_gd.data.points import PointsData
     from lightning_gd.data.tensors import TensorDataModule
@@ -31,6 +32,7 @@ _HOMES = {
     "PointsData": "data.points",
     "RidgeRegression": "models.ridge",
     "TensorDataModule": "data.tensors",
+    "load": "checkpoints",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "PointsData",
     "RidgeRegression",
     "TensorDataModule",
+    "load",
 ]
 
 

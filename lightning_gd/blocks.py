@@ -7,7 +7,7 @@ without blocks. This is the only room that touches those counters.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import (
     Checkpoint,
@@ -47,14 +47,16 @@ class BlockSchedule:
         bounded by `max_epochs` does as here by itself.
         """
         loop = self.trainer.fit_loop
-        epochs = loop.epoch_progress.current
+        epochs: Any = loop.epoch_progress.current
+        own: Any = _Loop.restarting  # what the fit loop's own setter would undo
         if loop.restarting and epochs.ready == epochs.started == epochs.processed:
-            _Loop.restarting.fset(loop, False)  # pyright: ignore[reportAttributeAccessIssue]
+            own.fset(loop, False)
 
     @property
     def epoch(self) -> int:
         """The epoch whose order of rows is due."""
-        return self.trainer.fit_loop.epoch_progress.current.processed
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        return epochs.processed
 
     @property
     def done(self) -> int:

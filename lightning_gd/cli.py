@@ -101,10 +101,25 @@ def _experiment(text: str) -> tuple[str, str]:
     if text in experiments():
         return text, str(EXPERIMENTS / f"{text}.yaml")
     if Path(text).is_file():
+        _check_yaml(Path(text))
         return Path(text).stem, text
     if os.sep in text or text.endswith((".yaml", ".yml")):
         raise UsageError(f"--config {text}: there is no such file")
     raise UsageError(_unknown("experiment", text, experiments()))
+
+
+def _check_yaml(file: Path) -> None:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or error
+        raise UsageError(f"--config {file}{place}: not YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {file} must map keys such as model, data, trainer to values")
 
 
 def _unknown(what: str, text: str, known: object) -> str:

@@ -22,6 +22,16 @@ class EvaluatedModule(LightningModule):
         self.curves = Curves()
         self._evaluation: dict[str, Metric] = {}
 
+    def setup(self, stage: str) -> None:
+        """Try one row before any work, where the data hold tables."""
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        like = next(self.parameters(), None)
+        for table in list(getattr(data, "tables", {}).values())[: like is not None]:
+            row = table.part(slice(1))
+            if self.trainer.precision != "64-true":  # which converts weights and data later
+                check_form(row.x, row.y, like.dtype)
+            check_forward(self, row.x.to(like))
+
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss: a mean over the rows, plus terms of the parameters alone.
 
@@ -100,6 +110,38 @@ class EvaluatedModule(LightningModule):
             batch = whole(x, y, int(reduce_sum(total)))
         check_form(batch.x, batch.y, next(self.parameters()).dtype)
         return batch
+
+
+@torch.no_grad()
+def check_forward(model: torch.nn.Module, x: Tensor) -> None:
+    """Refuse rows that `forward` cannot take, and predictions that would broadcast with y [N].
+
+    Args:
+        model: Left as it was, and its random numbers too.
+        x: One row, shape [1, D], on its device and in its dtype.
+
+    Raises:
+        ValueError: Naming the model and the shapes.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.random.fork_rng():
+            prediction = model.eval()(x)
+    except RuntimeError as error:
+        what = f"{type(model).__name__} cannot take the data, whose x is {_rows(x)}"
+        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    if isinstance(prediction, Tensor) and prediction.numel() == 1 and prediction.ndim != 1:
+        raise ValueError(
+            f"{type(model).__name__}.forward returns {_rows(prediction)} for x {_rows(x)}, which "
+            "would broadcast with y [N]: return [N]"
+        )
+
+
+def _rows(tensor: Tensor) -> str:
+    return "[]" if tensor.ndim == 0 else f"[{', '.join(['N', *map(str, tensor.shape[1:])])}]"
 
 
 def check_form(x: Tensor, y: Tensor, dtype: torch.dtype) -> None:

@@ -44,7 +44,13 @@ class LeastSquares:
     def curvature(self) -> Curvature:
         """Of the training loss in the trained parameters."""
         if self._curvature is None:
-            self._curvature = Curvature(self.moments().hessian(bias=self._bias))
+            hessian = self.moments().hessian(bias=self._bias)
+            if not hessian.any():
+                raise ValueError(
+                    "every x of the training rows is 0 and there is no intercept: the loss does "
+                    "not depend on the weights; give other data, or --model.bias true"
+                )
+            self._curvature = Curvature(hessian)
         return self._curvature
 
     @property

@@ -31,7 +31,7 @@ from lightning_gd.callbacks.report import EndTable
 from lightning_gd.checkpoints import OURS, RunCheckpoint, check_class, check_shapes, read
 from lightning_gd.logger import RunLogger
 from lightning_gd.module import GradientDescentModule
-from lightning_gd.refusals import number
+from lightning_gd.refusals import check_precision, number
 from lightning_gd.resuming import differences, find, run_of, settings
 
 # Warnings of Lightning that nothing a user could write would change.
@@ -61,6 +61,7 @@ class CommandLine(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,  # the model's own settings name them
             save_config_kwargs={"overwrite": True},
+            parser_kwargs={"exit_on_error": False, sys.argv[1]: {"exit_on_error": False}},
             seed_everything_default=0,
             trainer_defaults={
                 "enable_model_summary": False,
@@ -68,6 +69,11 @@ class CommandLine(LightningCLI):
                 "num_sanity_val_steps": 0,
             },
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verb that is asked for, alone: each takes a while to build."""
+        return {sys.argv[1]: LightningCLI.subcommands()[sys.argv[1]]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the name of the experiment, the closing test and the checkpoints."""
@@ -145,12 +151,18 @@ class CommandLine(LightningCLI):
         own = chosen["callbacks"] or []
         own = own if isinstance(own, list) else [own]
         keys = self._parser(self.subcommand).callback_keys
-        if chosen["enable_checkpointing"] is False or any(
-            isinstance(c, ModelCheckpoint) for c in own
-        ):
+        unwanted = chosen["enable_checkpointing"] is False or chosen["fast_dev_run"]
+        if unwanted or any(isinstance(c, ModelCheckpoint) for c in own):
             keys.remove("checkpoint")
         kwargs["callbacks"] = [*own, *callbacks]
-        number("process_timeout", config["process_timeout"], above=0)
+        number("process_timeout", config["process_timeout"], above=0, most=1e6)
+        check_precision(chosen["precision"])
+        if chosen["barebones"]:
+            raise ValueError(
+                "--trainer.barebones true takes away the logs, checkpoints and figures that this "
+                "command is for: leave it out, and set what you do not want to false, such as "
+                "--trainer.logger false --trainer.enable_checkpointing false"
+            )
         trainer = super().instantiate_trainer(**kwargs)
         if isinstance(trainer.strategy, DDPStrategy):  # also where Lightning chose it
             trainer.strategy._timeout = timedelta(seconds=config["process_timeout"])

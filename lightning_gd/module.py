@@ -18,7 +18,7 @@ from lightning_gd.evaluation import EvaluatedModule
 from lightning_gd.leastsquares import LeastSquares
 from lightning_gd.moments import Moments
 from lightning_gd.optimizers import build_optimizer, build_scheduler, needs_metric
-from lightning_gd.refusals import DivergenceError, check_settings, check_trainer
+from lightning_gd.refusals import DivergenceError, check_settings, check_trainer, check_width
 from lightning_gd.resuming import adopt
 
 Gradients = dict[str, Tensor]
@@ -133,6 +133,8 @@ class GradientDescentModule(EvaluatedModule):
     def configure_callbacks(self) -> list:
         """Add none; the first hook of a run refuses what cannot work, and makes its files safe."""
         check_trainer(self.trainer, self.hparams)
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        check_width(self, getattr(data, "num_features", None))
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = SafeCheckpointIO()
         self._squares = None

@@ -19,7 +19,14 @@ class DivergenceError(ArithmeticError):
     """The loss or a weight became infinite or NaN; exit status 3."""
 
 
-def number(name: str, value: object, *, above: float | None = None, least: float | None = None):
+def number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> None:
     """Refuse anything but a finite number in the range given.
 
     Raises:
@@ -28,9 +35,10 @@ def number(name: str, value: object, *, above: float | None = None, least: float
     form = "a finite number"
     form += f" above {above:g}" if above is not None else ""
     form += f" of at least {least:g}" if least is not None else ""
+    form += f" and at most {most:g}" if most is not None else ""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     good = good and (above is None or value > above) and (least is None or value >= least)
-    if not good:
+    if not good or most is not None and value > most:
         raise ValueError(f"{name}={value!r} must be {form}")
 
 

@@ -1,38 +1,45 @@
-"""Checkpoints: written whole, refused when they are not ours, resumed to the bit."""
+"""Checkpoints: written whole, refused when they are not ours, gone on from to the bit."""
 
-import errno
 import io
-import json
+import math
 import pickle
+import re
 import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from test_cli import LIGHTNINGS, run
 from test_kills import COMPARED, assert_equal, curves
 from test_roads import RandomRows
 
 import lightning_gd
-from lightning_gd import LinearRegression, LogisticParity, RidgeRegression
-from lightning_gd.checkpoints import OURS, RunCheckpoint, SafeCheckpointIO, load, read
-from lightning_gd.cli import main
+from lightning_gd import LinearRegression, PointsData, RidgeRegression
+from lightning_gd.checkpoints import OURS, RunCheckpoint, SafeCheckpointIO, read
 from lightning_gd.logger import RunLogger
 
-LINEAR = ["--config", "linear", "--trainer.enable_progress_bar", "false"]
+pytestmark = pytest.mark.filterwarnings(LIGHTNINGS)
 VERBS = ("fit", "validate", "test", "predict")
+
+
+def command(verb, *more, root=None):
+    quiet = ["--trainer.enable_progress_bar", "false"]
+    where = [] if root is None else ["--trainer.default_root_dir", str(root)]
+    return [verb, "--config", "linear", *quiet, *where, *more]
+
+
+def last(root, version=0):
+    return root / "linear" / f"version_{version}" / "checkpoints" / "last.ckpt"
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A checkpoint of the experiment `linear`, written by the command line."""
+    """The last checkpoint of a run of the command line, after 3 updates."""
     root = tmp_path_factory.mktemp("good")
-    assert main(["fit", *LINEAR, "--trainer.default_root_dir", str(root), *NO_PICTURES]) == 0
-    return root / "linear" / "version_0" / "checkpoints" / "last.ckpt"
-
-
-NO_PICTURES = ["--trainer.max_steps", "3"]
+    status, _, error = run(*command("fit", "--trainer.max_steps", "3", root=root))
+    assert status == 0, error
+    return last(root)
 
 
 # Foreign checkpoints
@@ -40,7 +47,7 @@ NO_PICTURES = ["--trainer.max_steps", "3"]
 
 class Code:
     def __reduce__(self):
-        return (Path.touch, (Path("pwned"),))
+        return (Path.touch, (Path("ran"),))
 
 
 def with_code(checkpoint, file):
@@ -51,67 +58,51 @@ def with_code_legacy(checkpoint, file):
     torch.save({**checkpoint, "extra": Code()}, file, _use_new_zipfile_serialization=False)
 
 
-def plain_pickle(checkpoint, file):
+def pickled_code(checkpoint, file):
     file.write_bytes(pickle.dumps(Code()))
 
 
-def legacy_cut(checkpoint, file):
-    torch.save(checkpoint, file, _use_new_zipfile_serialization=False)
-    file.write_bytes(file.read_bytes()[:-200])
-
-
-def cut_to(share):
-    def cut(checkpoint, file):
+def cut(share, zipped=True):
+    def write(checkpoint, file):
         whole = io.BytesIO()
-        torch.save(checkpoint, whole)
+        torch.save(checkpoint, whole, _use_new_zipfile_serialization=zipped)
         file.write_bytes(whole.getvalue()[: int(len(whole.getvalue()) * share)])
 
-    return cut
+    return write
 
 
 def changed(**entries):
-    def change(checkpoint, file):
-        torch.save({**checkpoint, **entries}, file)
-
-    return change
+    return lambda checkpoint, file: torch.save({**checkpoint, **entries}, file)
 
 
 def stamped(**entries):
-    def change(checkpoint, file):
-        torch.save({**checkpoint, OURS: {**checkpoint[OURS], **entries}}, file)
-
-    return change
+    return lambda c, file: torch.save({**c, OURS: {**c[OURS], **entries}}, file)
 
 
-def without_stamp(checkpoint, file):
-    torch.save({k: v for k, v in checkpoint.items() if k != OURS}, file)
+DAMAGED, NOT_OURS = "is damaged, cut off, or no checkpoint", "was not written by lightning_gd"
+RIDGE = "lightning_gd.models.ridge.RidgeRegression"
 
-
-def tensor_alone(checkpoint, file):
-    torch.save(torch.zeros(3), file)
-
-
-def text(checkpoint, file):
-    file.write_text("model: of another kind\n")
-
-
-# What is written, and what the refusal must name.
+# How each is written, and what its refusal must say.
 FOREIGN = {
     "code, zip": (with_code, "would run pathlib"),
     "code, legacy": (with_code_legacy, "would run pathlib"),
-    "code, plain pickle": (plain_pickle, "would run pathlib"),
-    "cut, zip, near the end": (cut_to(0.99), "damaged, cut off"),
-    "cut, zip, half": (cut_to(0.5), "damaged, cut off"),
-    "cut, zip, 10 bytes": (cut_to(0.0005), "damaged, cut off"),
-    "cut, legacy": (legacy_cut, "damaged, cut off"),
-    "empty": (cut_to(0), "damaged, cut off"),
-    "text": (text, "damaged, cut off"),
-    "a tensor": (tensor_alone, "was not written by lightning_gd"),
-    "not ours": (without_stamp, "was not written by lightning_gd"),
-    "a newer format": (stamped(format=2, version="9.0"), "has format 2 of lightning_gd 9.0"),
+    "code, bare pickle": (pickled_code, "would run pathlib"),
+    "zip cut near its end": (cut(0.99), DAMAGED),
+    "zip cut in half": (cut(0.5), DAMAGED),
+    "zip cut at its start": (cut(0.001), DAMAGED),
+    "legacy cut near its end": (cut(0.99, zipped=False), DAMAGED),
+    "legacy cut in half": (cut(0.5, zipped=False), DAMAGED),
+    "empty": (cut(0), DAMAGED),
+    "text": (lambda checkpoint, file: file.write_text("model: another\n"), DAMAGED),
+    "a tensor": (lambda checkpoint, file: torch.save(torch.zeros(3), file), NOT_OURS),
+    "another program's": (changed(**{OURS: None}), NOT_OURS),
+    "a newer format": (
+        stamped(format=2, version="9.0"),
+        r"has format 2 of lightning_gd 9.0, and this is lightning_gd [\d.]+, which reads 1",
+    ),
     "another model": (
-        stamped(model="lightning_gd.models.ridge.RidgeRegression"),
-        "of lightning_gd.models.ridge.RidgeRegression, the model is lightning_gd.models.linear",
+        stamped(model=RIDGE),
+        f"is of {RIDGE}, the model is lightning_gd.models.linear.LinearRegression",
     ),
     "another shape": (
         changed(state_dict={"weight": torch.zeros(5), "bias": torch.zeros(())}),
@@ -132,29 +123,331 @@ def foreign(request, good, tmp_path, monkeypatch):
     file = tmp_path / "foreign.ckpt"
     write(read(good), file)
     yield file, message
-    assert not Path("pwned").exists()
+    assert not Path("ran").exists()
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_foreign_checkpoints_are_refused_by_every_verb(foreign, verb, capsys):
+def test_the_code_would_run(good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with_code(read(good), tmp_path / "foreign.ckpt")
+    torch.load(tmp_path / "foreign.ckpt", weights_only=False)
+    assert Path("ran").exists()
+
+
+def test_refused_by_every_verb(foreign):
     file, message = foreign
-    assert main([verb, *LINEAR, "--data.num_val", "1", "--ckpt_path", str(file)]) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and "\n" not in error
-    assert pytest.raises(ValueError, match=message, check=None) if False else message
-    import re
-
-    assert re.search(message, error)
+    for verb in VERBS:
+        status, _, error = run(*command(verb, "--data.num_val", "1", "--ckpt_path", file))
+        assert status == 2 and re.search(message, error), error
+        assert error.startswith("error: ") and error.count("\n") == 1
     assert not Path("lightning_logs").exists()
 
 
-def test_foreign_checkpoints_are_refused_in_python(foreign):
+def test_refused_in_python(foreign, make_trainer):
     file, message = foreign
     with pytest.raises(ValueError, match=message):
         LinearRegression.load_from_checkpoint(file)
-    trainer = Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
-    )
-    for run in (trainer.fit, trainer.test):
+    if "RidgeRegression" not in message:
         with pytest.raises(ValueError, match=message):
-            run(LinearRegression(bias=False), datamodule=lightning_gd.PointsData(), ckpt_path=file)
+            lightning_gd.load(file)
+    for verb in VERBS:
+        with pytest.raises(ValueError, match=message):
+            data = PointsData(num_val=1)
+            getattr(make_trainer(), verb)(LinearRegression(), datamodule=data, ckpt_path=file)
+
+
+URLS = ("http://127.0.0.1:9/a.ckpt", "https://host/a.ckpt", "s3://bucket/a.ckpt", "file:///a.ckpt")
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_urls_are_refused(url, make_trainer):
+    for verb in VERBS:
+        status, _, error = run(*command(verb, "--ckpt_path", url))
+        assert status == 2 and f"checkpoint {url} is a URL" in error
+    for attempt in (lightning_gd.load, LinearRegression.load_from_checkpoint):
+        with pytest.raises(ValueError, match="is a URL"):
+            attempt(url)
+    with pytest.raises(ValueError, match="is a URL"):
+        make_trainer().fit(LinearRegression(), datamodule=PointsData(), ckpt_path=url)
+
+
+def test_a_class_is_not_imported_because_a_checkpoint_says_so(good, tmp_path, monkeypatch):
+    (tmp_path / "stranger.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    stamped(model="stranger.Model")(read(good), tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="is of stranger.Model: import that class first"):
+        lightning_gd.load(tmp_path / "a.ckpt")
+
+
+def test_a_missing_checkpoint(tmp_path):
+    status, _, error = run(*command("test", "--ckpt_path", tmp_path / "none.ckpt"))
+    assert status == 1 and "none.ckpt: there is no such file" in error
+    status, _, error = run(*command("fit", "--ckpt_path", "last", root=tmp_path))
+    assert status == 1 and "no run in" in error
+
+
+def test_load_gives_the_model_back(good):
+    model = lightning_gd.load(good)
+    assert type(model) is LinearRegression and model.hparams["lr"] == 0.01
+    # The points y = 2x from w = 0: 1 − w/2 shrinks by 1 − 0.15 at each of 3 updates. In float32.
+    assert model.weight.item() == pytest.approx(2 * (1 - 0.85**3), rel=1e-6)
+    assert lightning_gd.load(good, lr=0.5).hparams["lr"] == 0.5
+    with pytest.raises(ValueError, match=f"is of .*LinearRegression, the model is {RIDGE}"):
+        RidgeRegression.load_from_checkpoint(good)
+
+
+# Writing
+
+
+def test_a_full_disk_leaves_the_last_good_file(tmp_path):
+    io_plugin, file = SafeCheckpointIO(), tmp_path / "last.ckpt"
+    io_plugin.save_checkpoint({"n": 1}, file)
+    before = file.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(OSError, match="last.ckpt was not written.*File too large.*untouched"):
+            io_plugin.save_checkpoint({"n": 2}, file)
+        with pytest.raises(OSError, match="new.ckpt was not written.*there is none yet"):
+            io_plugin.save_checkpoint({"n": 2}, tmp_path / "new.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [f.name for f in tmp_path.iterdir()] == ["last.ckpt"]
+    assert file.read_bytes() == before
+
+
+def saving(folder, **settings):
+    """What a Trainer needs for a `RunCheckpoint`."""
+    checkpoint = RunCheckpoint(str(folder), **settings)
+    return {"callbacks": [checkpoint], "enable_checkpointing": True, "num_sanity_val_steps": 0}
+
+
+def test_a_trainer_of_the_users_own_writes_and_loads_safely(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=2, **saving(tmp_path))
+    trainer.fit(LinearRegression(), datamodule=PointsData())
+    assert isinstance(trainer.strategy.checkpoint_io, SafeCheckpointIO)
+    assert sorted(file.name for file in tmp_path.glob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
+
+
+def test_settings_without_a_plain_form_are_left_out(make_trainer, tmp_path):
+    class Odd(PointsData):
+        def __init__(self, root=None, what=None):
+            super().__init__()
+
+    trainer = make_trainer(max_steps=1, **saving(tmp_path))
+    trainer.fit(LinearRegression(), datamodule=Odd(root=tmp_path, what=object()))
+    kept = read(tmp_path / "last.ckpt")["datamodule_hyper_parameters"]
+    assert kept["root"] == str(tmp_path) and "what" not in kept
+
+
+# Going on in the same process, from every checkpoint that a run writes
+
+STEP = {"scheduler": "StepLR", "scheduler_args": {"step_size": 2, "gamma": 0.9}}
+PLATEAU = {"scheduler": "ReduceLROnPlateau", "scheduler_args": {"patience": 0, "factor": 0.5}}
+VALIDATED = {"batch_size": 5, "num_val": 3}  # 4 batches an epoch
+HALVES = {"batch_size": 2, "num_val": 3}
+
+# Data, model and Trainer.
+CASES = {
+    "full": ({"passes_per_epoch": 6}, {}, {"max_steps": 20}),
+    "moments": ({"passes_per_epoch": 6}, {"moments": True}, {"max_steps": 20}),
+    "mini, steps": ({"batch_size": 8}, STEP, {"max_steps": 20}),
+    "mini, epochs": ({"batch_size": 8}, STEP, {"max_epochs": 6}),
+    "validation": (VALIDATED, STEP, {"max_epochs": 5}),
+    "validation within": (HALVES, STEP, {"max_epochs": 3, "val_check_interval": 3}),
+    "validation halfway": (HALVES, STEP, {"max_epochs": 3, "val_check_interval": 0.5}),
+    "validation each second": (VALIDATED, STEP, {"max_epochs": 6, "check_val_every_n_epoch": 2}),
+    "validation by updates": (
+        VALIDATED,
+        STEP,
+        {"max_steps": 20, "check_val_every_n_epoch": None, "val_check_interval": 3},
+    ),
+    "plateau": (VALIDATED, PLATEAU, {"max_epochs": 5}),
+    "plateau by updates": (
+        {"batch_size": 5},
+        {**PLATEAU, "scheduler_interval": "update"},
+        {"max_epochs": 4},
+    ),
+    "limited": ({"batch_size": 3}, STEP, {"max_epochs": 4, "limit_train_batches": 4}),
+    "accumulated": ({"batch_size": 3}, {"accumulate_grad_batches": 3}, {"max_epochs": 4}),
+}
+
+
+class Keep(SafeCheckpointIO):
+    """Keeps a copy of every `last.ckpt`."""
+
+    def __init__(self, folder):
+        self.folder, self.files = folder, []
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        super().save_checkpoint(checkpoint, path)
+        if Path(path).name == "last.ckpt":
+            self.files.append(self.folder / f"{len(self.files)}.ckpt")
+            shutil.copy(path, self.files[-1])
+
+
+def fit(make_trainer, root, case, road, every, start=None, **plugins):
+    """Train, into `root/run/version_0`; the Trainer, and that folder."""
+    data, settings, limits = case
+    if settings.get("accumulate_grad_batches") and road == "autograd":
+        settings, limits = {}, {**limits, **settings}
+    logger = RunLogger(str(root), "run", 0)
+    if start is not None:
+        logger.cut(read(start)[OURS]["events"])
+    checkpoints = saving(Path(logger.log_dir, "checkpoints"), every_n_updates=every)
+    trainer = make_trainer(logger=logger, **checkpoints, **limits, **plugins)
+    with trainer.init_module():
+        model = LinearRegression(
+            num_features=3, start="uniform", lr=0.02, momentum=0.9, gradient=road, **settings
+        )
+    trainer.fit(model, datamodule=RandomRows(**data), ckpt_path=start)
+    return trainer, Path(logger.log_dir)
+
+
+def end_of(folder):
+    last_one, best = (read(folder / "checkpoints" / f"{name}.ckpt") for name in ("last", "best"))
+    kept = {name: last_one[name] for name in COMPARED}
+    return {**kept, "best": best["state_dict"], "curves": curves(folder)}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # it goes on
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow), None])
+@pytest.mark.parametrize("road", ["explicit", "autograd"])
+@pytest.mark.parametrize("case", CASES)
+def test_going_on_from_every_checkpoint(make_trainer, tmp_path, case, road, every):
+    if case == "moments" and road == "autograd":
+        pytest.skip("moments are for the explicit road")
+    keep = Keep(tmp_path)
+    trainer, folder = fit(make_trainer, tmp_path / "all", CASES[case], road, every, plugins=[keep])
+    expected = end_of(folder)
+    assert expected["global_step"] == trainer.global_step and len(keep.files) >= 2
+    for file in keep.files if every == 1 else keep.files[1:-1:3]:
+        root = tmp_path / file.stem
+        again = root / "run" / "version_0"
+        shutil.copytree(folder, again)  # with the curves past the checkpoint, as a kill leaves them
+        shutil.copy(file, again / "checkpoints" / "last.ckpt")
+        start = str(again / "checkpoints" / "last.ckpt")
+        assert_equal(
+            end_of(fit(make_trainer, root, CASES[case], road, every, start)[1]), expected, file.stem
+        )
+
+
+def test_a_finished_run_is_extended_as_if_it_had_been_longer(make_trainer, tmp_path):
+    ends = {}
+    for steps in (7, 20):
+        case = (*CASES["mini, steps"][:2], {"max_steps": steps})  # 3 batches an epoch
+        ends[steps] = fit(make_trainer, tmp_path / str(steps), case, "explicit", None)[1]
+    start = str(ends[7] / "checkpoints" / "last.ckpt")
+    root = tmp_path / "7"
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        folder = fit(make_trainer, root, CASES["mini, steps"], "explicit", None, start)[1]
+    longer, straight = end_of(folder), end_of(ends[20])
+    for name in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "curves"):
+        assert_equal(longer[name], straight[name], name)
+
+
+def test_last_is_the_last_and_best_the_best(make_trainer, tmp_path):
+    """With a rate so large that the validation loss climbs from the first epoch on."""
+    settings = {"lr": 0.02, "momentum": 0.99}
+    trainer = make_trainer(max_epochs=4, **saving(tmp_path))
+    with trainer.init_module():
+        model = LinearRegression(num_features=3, start="uniform", **settings)
+    losses = []
+    model.on_validation_end = lambda: losses.append(trainer.callback_metrics["val/loss"].item())
+    trainer.fit(model, datamodule=RandomRows(**VALIDATED))
+    best, final = (read(tmp_path / f"{name}.ckpt")["epoch"] for name in ("best", "last"))
+    assert final == 3 and best == losses.index(min(losses)) < 3
+
+
+# Whose settings win
+
+
+def resume(root, *more):
+    """Status, the line that names the settings, and the error of a run taken to 6 updates."""
+    words = [*more, "--trainer.max_steps", "6", "--ckpt_path", "last"]
+    status, output, error = run(*command("fit", *words, root=root))
+    return status, output.split("\n")[0], error
+
+
+@pytest.fixture
+def root(good, tmp_path):
+    """A copy of the folder of the run of 3 updates."""
+    return shutil.copytree(good.parents[3], tmp_path / "root")
+
+
+def weight(root):
+    return lightning_gd.load(last(root)).weight.item()
+
+
+def after(*rates):
+    """w of y = 2x after updates from 0: 1 − w/2 shrinks by 1 − 15·lr at each. In float32."""
+    return pytest.approx(2 * (1 - math.prod(1 - 15 * lr for lr in rates)), rel=1e-6)
+
+
+def test_the_settings_of_the_checkpoint_win_over_the_experiment(tmp_path):
+    typed = ["--model.lr", "0.02", "--data.seed", "5", "--trainer.max_steps", "3"]
+    assert run(*command("fit", *typed, root=tmp_path))[0] == 0
+    status, line, _ = resume(tmp_path)
+    assert status == 0 and line == (
+        f"from {last(tmp_path)}, update 3; "
+        "of the checkpoint: model.lr 0.02 instead of 0.01; "
+        "of the checkpoint: data.seed 5 instead of 0"
+    )
+    assert weight(tmp_path) == after(*6 * [0.02])
+    assert sorted(path.name for path in (tmp_path / "linear").iterdir()) == ["version_0"]
+
+
+def test_what_is_typed_wins_and_is_named(root):
+    status, line, _ = resume(root, "--model.lr", "0.02")
+    named = "typed: model.lr 0.02 instead of 0.01 of the checkpoint"
+    assert status == 0 and line == f"from {last(root)}, update 3; {named}"
+    assert weight(root) == after(*3 * [0.01], *3 * [0.02])
+    assert sorted(curves(last(root).parents[1])["train/loss"]) == list(range(6))
+
+
+def test_the_road_may_change(root):
+    status, line, _ = resume(root, "--model.gradient", "autograd")
+    assert status == 0 and "typed: model.gradient autograd instead of explicit" in line
+    assert read(last(root))["global_step"] == 6
+    assert weight(root) == after(*6 * [0.01])
+
+
+CHANGES = {
+    "class": (["--model", "RidgeRegression"], f"LinearRegression, the model is {RIDGE}"),
+    "shape": (["--model.num_features", "2"], r"'weight' is \[1\] in the checkpoint, \[2\] in"),
+    "optimizer": (
+        ["--model.optimizer", "Adam"],
+        "model.optimizer 'Adam' instead of 'SGD' of the checkpoint: its state would be lost",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_would_change_the_model_is_refused(good, root, change):
+    typed, message = CHANGES[change]
+    status, _, error = resume(root, *typed)
+    assert status == 2 and re.search(message, error), error
+    assert last(root).read_bytes() == good.read_bytes()
+
+
+def test_a_folder_or_another_checkpoint_of_a_run(root):
+    old = last(root).parents[1]
+    assert run(*command("test", "--ckpt_path", old, root=root))[0] == 0  # logs to version_1
+    more = ["--trainer.max_steps", "6", "--ckpt_path", old / "checkpoints" / "best.ckpt"]
+    status, output, _ = run(*command("fit", *more, root=root))
+    assert status == 0 and "update 3; in a new run folder" in output
+    assert read(last(root))["global_step"] == 3  # the old run stays as it is
+    assert f"from {last(root, 2)}, update 6" in resume(root)[1]
+
+
+def test_typed_rates_reach_the_optimizer_and_its_schedule(make_trainer, tmp_path):
+    data, settings, limits = CASES["mini, epochs"]
+    short = (data, settings, {"max_epochs": 2})
+    folder = fit(make_trainer, tmp_path, short, "explicit", None)[1]
+    trainer = make_trainer(**limits)
+    with trainer.init_module():
+        model = LinearRegression(num_features=3, lr=0.04, momentum=0.5, **settings)
+    file = folder / "checkpoints" / "last.ckpt"
+    trainer.fit(model, datamodule=RandomRows(**data), ckpt_path=file)
+    (group,) = trainer.optimizers[0].param_groups
+    assert group["momentum"] == 0.5
+    assert group["lr"] == pytest.approx(0.04 * 0.9**3, rel=1e-12)  # 6 epochs, a step each second

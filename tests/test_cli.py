@@ -92,7 +92,7 @@ def test_resolve(words, verb, names, rest):
 
 def test_resolve_takes_paths_and_leaves_help_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").touch()
+    Path("mine.yaml").write_text("trainer: {}")
     for path in ("mine.yaml", str(tmp_path / "mine.yaml")):
         expected = ["test", "--experiment", "mine", "--config", path]
         assert resolve(["test", "--config", path]) == expected

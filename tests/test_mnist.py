@@ -1,6 +1,7 @@
 """The full MNIST: figures that anybody can look up again, on all roads."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ def digits():
     return data
 
 
-def train(digits, updates=1000, memory=None, callbacks=(), precision="32-true", **settings):
+def train(
+    digits, updates=1000, memory=None, callbacks=(), precision: Any = "32-true", **settings: Any
+):
     data = MNISTParityData(source="torchvision", root=ROOT or "", passes_per_epoch=100)
     data.tables = digits.tables
     trainer = Trainer(

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -140,7 +141,7 @@ def found_mistakes():
 
 def run_all():
     """Every case by its name."""
-    ends = {name: run(*case) for name, case in CASES.items()}
+    ends: dict[str, Any] = {name: run(*case) for name, case in CASES.items()}
     ends["found mistakes"] = found_mistakes()
     ends["broken: no reduction"] = run_without_reduction()
     return ends

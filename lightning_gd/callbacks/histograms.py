@@ -5,15 +5,21 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_gd.refusals import whole_number
+
 
 class WeightHistograms(Callback):
     """Writes a histogram of every parameter before training and after an epoch.
 
     Args:
         most: Histograms of one parameter in a run; epochs in between are left out evenly.
+
+    Raises:
+        ValueError: If `most` is below 1.
     """
 
     def __init__(self, most: int = 20) -> None:
+        whole_number("most", most, 1)
         self.most = most
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

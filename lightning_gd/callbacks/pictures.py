@@ -12,6 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
+from lightning_gd.refusals import whole_number
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -73,9 +75,13 @@ class Pictures(Callback):
 
     Args:
         worst: Wrongly scored digits shown at most.
+
+    Raises:
+        ValueError: If `worst` is below 1.
     """
 
     def __init__(self, worst: int = 20) -> None:
+        whole_number("worst", worst, 1)
         self.worst = worst
         self.every_n_updates = 0  # blocks of updates end where this says, see BlockSchedule
         self._folder: Path | None = None

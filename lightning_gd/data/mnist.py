@@ -51,6 +51,8 @@ class MNISTParityData(TensorDataModule):
         **kwargs: Those of `TensorDataModule`.
     """
 
+    num_features = 784
+
     def __init__(
         self,
         source: Literal["offline", "torchvision"] = "offline",

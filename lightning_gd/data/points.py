@@ -29,6 +29,7 @@ class PointsData(TensorDataModule):
         self.points = _table(
             [1.0, 2.0, 3.0, 4.0] if x is None else x, [2.0, 4.0, 6.0, 8.0] if y is None else y
         )
+        self.num_features = self.points.raw.shape[1]
 
     def load(self) -> dict[str, Table]:
         """Train and test on the same points."""

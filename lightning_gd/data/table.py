@@ -80,27 +80,11 @@ class TableData(TensorDataModule):
         self.path, self.target, self.separator = path, target, separator
         self.test_fraction, self.test_path = test_fraction, test_path
         self.features = _features(path, self._header(path), target, features)
+        self.num_features = len(self.features)
         self.mean = torch.zeros(self.num_features, dtype=torch.float64)  # m
         self.scale = torch.ones_like(self.mean)  # s
         self._known = False  # whether m and s are those of a table, be it a checkpoint's
         self.test_lines: list[int] = []  # where each test row stands in its file
-
-    @property
-    def num_features(self) -> int:
-        """The number D of features, which the model must have too."""
-        return len(self.features)
-
-    def setup(self, stage: str | None = None) -> None:
-        """Check that the model fits, then read the files once."""
-        model = None if self.trainer is None else self.trainer.lightning_module
-        width = None if model is None else model.hparams.get("num_features")
-        if width not in (None, self.num_features):
-            raise ValueError(
-                f"num_features={width} of {type(model).__name__} does not fit the "
-                f"{self.num_features} feature columns of {self.path}: give "
-                f"--model.num_features {self.num_features}"
-            )
-        super().setup(stage)
 
     def load(self) -> dict[str, Table]:
         """Read, split and standardise."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_gd.batch import Batch, Sizes, whole
 from lightning_gd.moments import Moments
-from lightning_gd.refusals import whole_number
+from lightning_gd.refusals import SEEDS, whole_number
 
 if TYPE_CHECKING:
     from lightning_gd.blocks import BlockSchedule
@@ -198,6 +198,16 @@ def share(table: Table, rank: int, world: int) -> Batch:
     return whole(table.x[mine].contiguous(), table.y[mine].contiguous(), total=len(table))
 
 
+def _check_finite(part: str, table: Table, targets: bool) -> None:
+    """Refuse NaN and infinities, once, and for floats by one pass without a copy."""
+    for name, values in (("x", table.raw), ("y", table.y))[: 1 + targets]:
+        if not torch.stack(values.aminmax()).isfinite().all():
+            at = values.isfinite().logical_not().nonzero()[0].tolist()
+            raise ValueError(
+                f"{name}{at} of the {part} rows is {values[tuple(at)]}: every number must be finite"
+            )
+
+
 class TensorDataModule(LightningDataModule):
     """Feeds tables to any model; subclasses only say where the rows come from.
 
@@ -209,6 +219,8 @@ class TensorDataModule(LightningDataModule):
             full batch, once an epoch for mini-batches; 0: never.
         seed: Of the order of the mini-batches, which depends on it and the epoch alone.
     """
+
+    num_features: int | None = None  # of a row, where it is known before the rows are read
 
     def __init__(
         self,
@@ -224,7 +236,7 @@ class TensorDataModule(LightningDataModule):
         whole_number("passes_per_epoch", passes_per_epoch, 1)
         whole_number("num_val", num_val, 0)
         whole_number("test_every", test_every, 0, optional=True)
-        whole_number("seed", seed, 0)
+        whole_number("seed", seed, 0, below=SEEDS)
         if batch_size is not None and passes_per_epoch > 1:
             raise ValueError(
                 f"passes_per_epoch={passes_per_epoch} is for the full batch; with "
@@ -243,6 +255,8 @@ class TensorDataModule(LightningDataModule):
         if self.tables:
             return
         tables = self.load()
+        for part, table in tables.items():
+            _check_finite(part, table, targets=stage != "predict")
         if self.num_val:
             rows = len(tables["train"])
             if self.num_val >= rows:

@@ -11,7 +11,7 @@ from torchmetrics import MeanSquaredError, Metric
 
 from lightning_gd.module import GradientDescentModule, Gradients
 from lightning_gd.moments import Moments
-from lightning_gd.refusals import whole_number
+from lightning_gd.refusals import SEEDS, number, whole_number
 
 Start = Literal["zeros", "uniform", "linear"]
 
@@ -48,13 +48,17 @@ class LinearRegression(GradientDescentModule):
     ) -> None:
         super().__init__(**kwargs)
         whole_number("num_features", num_features, 1)
-        whole_number("start_seed", start_seed, 0)
+        whole_number("start_seed", start_seed, 0, below=SEEDS)
         if weight is not None and len(weight) != num_features:
             raise ValueError(
                 f"weight={weight!r} must hold num_features={num_features} numbers, one a feature"
             )
-        if intercept is not None and not bias:
-            raise ValueError(f"intercept={intercept!r} needs bias=True")
+        for value in weight or ():
+            number("each of weight", value)
+        if intercept is not None:
+            number("intercept", intercept)
+            if not bias:
+                raise ValueError(f"intercept={intercept!r} needs bias=True")
         first_weight, first_bias = _start(start, num_features, start_seed)
         self.weight = nn.Parameter(first_weight if weight is None else torch.tensor(weight) * 1.0)
         value = first_bias if intercept is None else torch.tensor(intercept) * 1.0

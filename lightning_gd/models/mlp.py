@@ -12,7 +12,7 @@ from torchmetrics import MeanSquaredError, Metric
 
 from lightning_gd.models.parity import decision_metrics
 from lightning_gd.module import GradientDescentModule, Gradients
-from lightning_gd.refusals import one_of, whole_number
+from lightning_gd.refusals import SEEDS, one_of, whole_number
 
 
 class ParityMLP(GradientDescentModule):
@@ -58,7 +58,7 @@ class ParityMLP(GradientDescentModule):
         whole_number("hidden", hidden, 1)
         one_of("activation", activation, ("relu", "tanh"))
         one_of("loss", loss, ("squared", "logistic"))
-        whole_number("start_seed", start_seed, 0)
+        whole_number("start_seed", start_seed, 0, below=SEEDS)
         self._relu, self._squared = activation == "relu", loss == "squared"
         drawn = torch.Generator().manual_seed(start_seed)
         first, bound = torch.empty(hidden, num_features), 1 / math.sqrt(hidden)

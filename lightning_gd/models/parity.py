@@ -14,6 +14,9 @@ from lightning_gd.models.linear import LinearRegression
 class MajorityAccuracy(Metric):
     """The accuracy of always naming the commoner class: what any classifier must beat."""
 
+    odd: Tensor
+    total: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.add_state("odd", torch.tensor(0), dist_reduce_fx="sum")
