@@ -171,7 +171,9 @@ def _run() -> None:
 
 def _written_wrong(error: Exception) -> bool:
     """Whether what the user wrote is wrong, as Python, the parser and Lightning call it."""
-    kinds = (ValueError, TypeError, ArgumentError)
+    if isinstance(error.__cause__, OSError):  # the parser wraps what a file did in a ValueError
+        return False
+    kinds = (ValueError, TypeError, ArgumentError, NotImplementedError)
     # Lightning is not imported here.
     return isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException"
 
@@ -182,5 +184,6 @@ def _message(error: Exception) -> str:
     if "Does not validate against" in text:
         kept = [line.strip(" -") for line in text.splitlines() if not _NOISE.match(line)]
         text = " ".join(kept)
-    plain = _written_wrong(error) or isinstance(error, (OSError, RuntimeError, ArithmeticError))
+    plain = (OSError, RuntimeError, ArithmeticError, ValueError)
+    plain = _written_wrong(error) or isinstance(error, plain)
     return text if plain else f"{type(error).__name__}: {text}"

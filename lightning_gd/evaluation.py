@@ -25,9 +25,9 @@ class EvaluatedModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Try one row before any work, where the data hold tables."""
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        like = next(self.parameters(), None)
-        for table in list(getattr(data, "tables", {}).values())[: like is not None]:
-            row = table.part(slice(1))
+        like, tables = next(self.parameters(), None), getattr(data, "tables", {})
+        if like is not None and tables:
+            row = next(iter(tables.values())).part(slice(1))
             if self.trainer.precision != "64-true":  # which converts weights and data later
                 check_form(row.x, row.y, like.dtype)
             check_forward(self, row.x.to(like))

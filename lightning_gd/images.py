@@ -60,7 +60,7 @@ def mnist_form(image: Image.Image) -> NDArray[np.uint8]:
     scale = BOX / max(digit.shape)
     height, width = (max(1, round(side * scale)) for side in digit.shape)
     small = np.asarray(
-        Image.fromarray(digit.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
+        Image.fromarray(digit.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
     )
     return _centred(np.clip(small * (255 / small.max()), 0, 255))
 

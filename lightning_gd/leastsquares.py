@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_gd.curvature import Curvature
 from lightning_gd.distributed import reduce_sum
 from lightning_gd.moments import Moments, Optimum
-
-if TYPE_CHECKING:
-    from lightning_gd.module import GradientDescentModule
 
 
 class LeastSquares:
@@ -26,7 +24,7 @@ class LeastSquares:
         data: The DataModule that holds the tables.
     """
 
-    def __init__(self, module: GradientDescentModule, data: Any) -> None:
+    def __init__(self, module: LightningModule, data: Any) -> None:
         self.module, self.data = module, data
         self._moments: dict[str, Moments] = {}
         self._curvature: Curvature | None = None

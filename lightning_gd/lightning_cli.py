@@ -100,7 +100,7 @@ class CommandLine(LightningCLI):
             str(word), Path(config.trainer.default_root_dir or "lightning_logs", config.experiment)
         )
         self.checkpoint = checkpoint = read(file)
-        classes = {part: locate(config[part].class_path) for part in ("model", "data")}
+        classes: dict[str, Any] = {p: locate(config[p].class_path) for p in ("model", "data")}
         check_class(checkpoint, classes["model"])
         theirs = settings(checkpoint, classes["data"])
         below = {p: {"class_path": config[p].class_path, "init_args": v} for p, v in theirs.items()}
@@ -138,7 +138,7 @@ class CommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what the user did not choose himself."""
-        config = self.config_init[self.subcommand]
+        config = self.config_init[str(self.subcommand)]
         chosen, callbacks = (
             config["trainer"],
             [self.table, WeightHistograms(), CurvatureReport(), Pictures()],
@@ -146,8 +146,9 @@ class CommandLine(LightningCLI):
         if chosen["enable_progress_bar"] is not False:
             callbacks.append(UpdateProgressBar())
         if chosen["logger"] in (None, True):
-            new = (chosen["default_root_dir"] or "lightning_logs", config["experiment"])
-            kwargs["logger"] = RunLogger(*(self.run or new))
+            new = (chosen["default_root_dir"] or "lightning_logs", config["experiment"], None)
+            save_dir, name, version = self.run or new
+            kwargs["logger"] = RunLogger(save_dir, name, version)
         own = chosen["callbacks"] or []
         own = own if isinstance(own, list) else [own]
         keys = self._parser(self.subcommand).callback_keys
@@ -178,19 +179,20 @@ class CommandLine(LightningCLI):
             raise
 
     def before_fit(self) -> None:
-        """Leave the table open where a test follows; cut off the curves after the checkpoint."""
-        self.table.deferred = self.config["fit"]["test_after_fit"]
+        """Leave the table open; cut off the curves after the checkpoint."""
+        self.table.deferred = True  # behind the progress bar, and behind the test if there is one
         if self.run is not None and self.checkpoint is not None:
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty")
             for logger in self.trainer.loggers:
                 if isinstance(logger, RunLogger):
                     logger.cut(self.checkpoint[OURS]["events"])
 
     def after_fit(self) -> None:
-        """Test with the weights after the last update."""
-        if self.table.deferred:
+        """Test with the weights after the last update where that is asked for, and show the table."""
+        if self.config["fit"]["test_after_fit"]:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             self.table.add(self.trainer.callback_metrics)
-            self.table.show(self.trainer)
+        self.table.show(self.trainer)
 
 
 def _init_args(config: Any) -> dict[str, dict[str, Any]]:
@@ -199,13 +201,25 @@ def _init_args(config: Any) -> dict[str, dict[str, Any]]:
     return {part: values.as_dict() if values else {} for part, values in parts.items()}
 
 
+def _lost(text: str) -> str:
+    """What a process says whose collective failed because another one is not there."""
+    did = "did not answer within --process_timeout" if "imed out" in text else "has ended"
+    detail = text.rpartition("] ")[2].partition(". This is")[0]  # without gloo's own file names
+    return f"another process of this run {did} ({detail})"
+
+
 def run() -> None:
     """Parse `sys.argv` and run; every process of a run leaves its group together."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in UNAVOIDABLE:
         warnings.filterwarnings("ignore", message=message)
-    CommandLine()
+    try:
+        CommandLine()
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        raise RuntimeError(_lost(str(error))) from error
     if dist.is_available() and dist.is_initialized():
         dist.barrier()  # without it a process may abort while another still talks to it
         dist.destroy_process_group()

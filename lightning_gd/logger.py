@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import time
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.plugins.hparams.plugin_data_pb2 import (
+    HParamsPluginData,  # pyright: ignore[reportAttributeAccessIssue]
+)
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
+
+# TensorBoard shows five columns of settings at first: these.
+SHOWN = ("batch_size", "gradient", "lr", "momentum", "start")
 
 
 class RunLogger(TensorBoardLogger):
@@ -72,7 +79,23 @@ class RunLogger(TensorBoardLogger):
         """Name the columns of the HParams tab; it shows the last value of each curve itself."""
         params = dict(vars(params)) if isinstance(params, Namespace) else dict(params)
         self.hparams.update(params)
-        plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in params.items()}
+        columns = {name: _cell(v) for name, v in params.items() if not name.startswith("_")}
+        experiment, *session = hparams_summaries(columns, dict.fromkeys(self.metrics, 0.0))
+        plugin = experiment.value[0].metadata.plugin_data
+        data = HParamsPluginData.FromString(plugin.content)
+        for info in data.experiment.hparam_infos:
+            info.differs = info.name in SHOWN  # these come first
+        plugin.content = data.SerializeToString()
         writer = self.experiment._get_file_writer()
-        for summary in hparams_summaries(plain, dict.fromkeys(self.metrics, 0.0)):
+        for summary in (experiment, *session):
             writer.add_summary(summary)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """All but the epoch that Lightning adds: the x axis counts updates."""
+        super().log_metrics({tag: v for tag, v in metrics.items() if tag != "epoch"}, step)
+
+
+def _cell(value: Any) -> int | float | str:
+    plain = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    return value if plain else str(value)

@@ -9,6 +9,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_gd.batch import Batch
 from lightning_gd.blocks import BlockSchedule
@@ -135,35 +137,49 @@ class GradientDescentModule(EvaluatedModule):
         check_trainer(self.trainer, self.hparams)
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         check_width(self, getattr(data, "num_features", None))
+        if self.trainer.state.fn == "fit":
+            self._check_fit()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = SafeCheckpointIO()
         self._squares = None
         return []
 
+    def _check_fit(self) -> None:
+        """Refuse what needs the full batch and has not, and build on trial what is built later."""
+        h, reason = self.hparams, self._no_moments()
+        if reason and self.uses_moments:
+            raise ValueError(f"moments=True cannot be: {reason}")
+        if h["lr"] == "auto":
+            reason = reason if h["optimizer"] == "SGD" else "SGD is needed"
+            if reason:
+                raise ValueError(
+                    f"lr='auto' is 1/λmax of a full-batch least-squares loss: {reason}"
+                )
+        self._build(1.0 if h["lr"] == "auto" else h["lr"])
+
+    def _build(self, lr: float) -> tuple[Optimizer, LRScheduler | None]:
+        h, trained = self.hparams, [p for p in self.parameters() if p.requires_grad]
+        optimizer = build_optimizer(
+            h["optimizer"], trained, lr, h["momentum"], h["optimizer_args"] or {}
+        )
+        if h["scheduler"] is None:
+            return optimizer, None
+        return optimizer, build_scheduler(h["scheduler"], optimizer, h["scheduler_args"] or {})
+
     def configure_optimizers(self) -> Any:
         """The optimizer and the scheduler that the settings name."""
         h = self.hparams
         if h["lr"] == "auto":
-            self._set_lr(self._auto_lr())
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = build_optimizer(
-            h["optimizer"], trained, h["lr"], h["momentum"], h["optimizer_args"] or {}
-        )
-        if h["scheduler"] is None:
+            assert self.squares is not None
+            self._set_lr(self.squares.curvature.auto_lr)
+        optimizer, scheduler = self._build(h["lr"])
+        if scheduler is None:
             return optimizer
-        scheduler = build_scheduler(h["scheduler"], optimizer, h["scheduler_args"] or {})
         interval = "step" if h["scheduler_interval"] == "update" else "epoch"
         config: dict[str, Any] = {"scheduler": scheduler, "interval": interval}
         if self.automatic_optimization:  # Lightning would step a plateau after the checkpoint
             config.update(monitor=self.watched, frequency=2**62 if needs_metric(scheduler) else 1)
         return {"optimizer": optimizer, "lr_scheduler": config}
-
-    def _auto_lr(self) -> float:
-        reason = "SGD is needed" if self.hparams["optimizer"] != "SGD" else self._no_moments()
-        if reason:
-            raise ValueError(f"lr='auto' is 1/λmax of a full-batch least-squares loss: {reason}")
-        assert self.squares is not None
-        return self.squares.curvature.auto_lr
 
     def _set_lr(self, lr: float) -> None:
         self._set_hparams({"lr": lr})
@@ -204,9 +220,6 @@ class GradientDescentModule(EvaluatedModule):
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         draw_test = getattr(data, "test_every", 0) != 0 and "test" in data.tables
         if self.uses_moments:
-            reason = self._no_moments()
-            if reason:
-                raise ValueError(f"moments=True cannot be: {reason}")
             self._train = self._moments_of("train")
             self._test = self._moments_of("test") if draw_test else None
         elif draw_test:

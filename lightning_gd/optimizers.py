@@ -87,6 +87,9 @@ def _concrete(value: object, base: type) -> bool:
 
 
 def _built(setting: str, name: str, cls: type, first: Any, args: dict[str, Any]) -> Any:
+    for key, value in args.items():
+        if value != value:  # torch lets it through
+            raise ValueError(f"{setting}_args must hold no NaN; got {key}={value!r}")
     try:
         return cls(first, **args)
     except (TypeError, ValueError) as error:

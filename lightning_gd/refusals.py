@@ -21,7 +21,7 @@ class DivergenceError(ArithmeticError):
 
 def number(
     name: str,
-    value: object,
+    value: Any,
     *,
     above: float | None = None,
     least: float | None = None,

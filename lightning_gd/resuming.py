@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lightning_gd.checkpoints import OURS, check_class, check_shapes, class_name
 from lightning_gd.optimizers import build_optimizer
@@ -131,7 +132,11 @@ def _retune(checkpoint: dict[str, Any], old: dict[str, Any], new: dict[str, Any]
 
 def _group(h: Mapping[str, Any]) -> dict[str, Any]:
     optimizer = build_optimizer(
-        h["optimizer"], [torch.zeros(1)], h["lr"], h["momentum"], h["optimizer_args"] or {}
+        h["optimizer"],
+        [Parameter(torch.zeros(1))],
+        h["lr"],
+        h["momentum"],
+        h["optimizer_args"] or {},
     )
     return {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
 

@@ -17,7 +17,7 @@ from lightning_gd.images import SIDE
 Scorer = Callable[[Sequence[NDArray[np.uint8]]], list[float]]
 
 
-def scorer(checkpoint: Path) -> Scorer:
+def scorer(checkpoint: str | Path) -> Scorer:
     """What turns pictures of shape [28, 28] into the raw scores ŷ of a model: odd where ŷ > 0.
 
     Pixels are scaled as in the run that made the checkpoint.

@@ -39,7 +39,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="CKPT", help="of a run on digits")
+    add("--checkpoint", required=True, metavar="CKPT", help="of a run on digits")
     add("--json", action="store_true", help="print JSON: file, answer, score, margin (or error)")
     add("pictures", nargs="+", type=Path, metavar="PICTURE", help="files, or folders of them")
     return parser.parse_args(argv)

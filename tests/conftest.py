@@ -1,5 +1,6 @@
 """Shared fixtures, and the models that the tests find by themselves."""
 
+import contextlib
 import importlib
 import logging
 import pkgutil
@@ -52,3 +53,20 @@ def make_trainer(tmp_path):
         return Trainer(**{**defaults, **settings})
 
     return make
+
+
+FIGURES = {}  # what: how many were as they should be, of how many tried
+
+
+@contextlib.contextmanager
+def counted(what):
+    """Count a case for the line `what: n of m` at the end of the run."""
+    good, tried = FIGURES.get(what, (0, 0))
+    FIGURES[what] = good, tried + 1
+    yield
+    FIGURES[what] = good + 1, tried + 1
+
+
+def pytest_terminal_summary(terminalreporter):
+    for what, (good, tried) in FIGURES.items():
+        terminalreporter.write_line(f"{what}: {good:,} of {tried:,}")

@@ -45,11 +45,10 @@ class Forge:
         return self
 
     def __exit__(self, *exception):
-        self.server.stdin.close()
-        self.server.stdout.close()
-        self.server.wait()
+        self.server.communicate()
 
     def _ask(self, **request):
+        assert self.server.stdin is not None and self.server.stdout is not None
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
@@ -123,7 +122,7 @@ def note(number, module, owner, name):
 
 
 class Shared:
-    byte = bytearray(1)
+    byte: bytearray | mmap.mmap = bytearray(1)
 
 
 def fork(main, request, rank):
@@ -160,7 +159,7 @@ def fork(main, request, rank):
     except BaseException as error:
         print(repr(error), flush=True)
         code = 99
-    os._exit(code)
+    sys.exit(code)  # all the way through the end of the interpreter, as a script does
 
 
 def arrange(save, how):

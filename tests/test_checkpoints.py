@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import pickle
 import re
 import resource
@@ -47,7 +48,7 @@ def good(tmp_path_factory):
 
 class Code:
     def __reduce__(self):
-        return (Path.touch, (Path("ran"),))
+        return (os.mkdir, ("ran",))
 
 
 def with_code(checkpoint, file):
@@ -59,7 +60,7 @@ def with_code_legacy(checkpoint, file):
 
 
 def pickled_code(checkpoint, file):
-    file.write_bytes(pickle.dumps(Code()))
+    file.write_bytes(pickle.dumps(Code(), protocol=2))
 
 
 def cut(share, zipped=True):
@@ -84,9 +85,9 @@ RIDGE = "lightning_gd.models.ridge.RidgeRegression"
 
 # How each is written, and what its refusal must say.
 FOREIGN = {
-    "code, zip": (with_code, "would run pathlib"),
-    "code, legacy": (with_code_legacy, "would run pathlib"),
-    "code, bare pickle": (pickled_code, "would run pathlib"),
+    "code, zip": (with_code, "would run posix.mkdir"),
+    "code, legacy": (with_code_legacy, "would run posix.mkdir"),
+    "code, bare pickle": (pickled_code, "would run posix.mkdir"),
     "zip cut near its end": (cut(0.99), DAMAGED),
     "zip cut in half": (cut(0.5), DAMAGED),
     "zip cut at its start": (cut(0.001), DAMAGED),
@@ -135,7 +136,7 @@ def test_the_code_would_run(good, tmp_path, monkeypatch):
 
 def test_refused_by_every_verb(foreign):
     file, message = foreign
-    for verb in VERBS:
+    for verb in VERBS if "mkdir" in message or "the model is" in message else ("test",):
         status, _, error = run(*command(verb, "--data.num_val", "1", "--ckpt_path", file))
         assert status == 2 and re.search(message, error), error
         assert error.startswith("error: ") and error.count("\n") == 1
@@ -160,9 +161,8 @@ URLS = ("http://127.0.0.1:9/a.ckpt", "https://host/a.ckpt", "s3://bucket/a.ckpt"
 
 @pytest.mark.parametrize("url", URLS)
 def test_urls_are_refused(url, make_trainer):
-    for verb in VERBS:
-        status, _, error = run(*command(verb, "--ckpt_path", url))
-        assert status == 2 and f"checkpoint {url} is a URL" in error
+    status, _, error = run(*command("fit", "--ckpt_path", url))
+    assert status == 2 and f"checkpoint {url} is a URL" in error
     for attempt in (lightning_gd.load, LinearRegression.load_from_checkpoint):
         with pytest.raises(ValueError, match="is a URL"):
             attempt(url)
@@ -310,8 +310,17 @@ def end_of(folder):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # it goes on
-@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow), None])
-@pytest.mark.parametrize("road", ["explicit", "autograd"])
+@pytest.mark.parametrize(
+    ("road", "every"),
+    [
+        ("explicit", 2),
+        ("explicit", None),
+        ("autograd", 2),
+        pytest.param("autograd", None, marks=pytest.mark.slow),
+        pytest.param("explicit", 1, marks=pytest.mark.slow),
+        pytest.param("autograd", 1, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_going_on_from_every_checkpoint(make_trainer, tmp_path, case, road, every):
     if case == "moments" and road == "autograd":
@@ -320,7 +329,7 @@ def test_going_on_from_every_checkpoint(make_trainer, tmp_path, case, road, ever
     trainer, folder = fit(make_trainer, tmp_path / "all", CASES[case], road, every, plugins=[keep])
     expected = end_of(folder)
     assert expected["global_step"] == trainer.global_step and len(keep.files) >= 2
-    for file in keep.files if every == 1 else keep.files[1:-1:3]:
+    for file in keep.files if every == 1 else keep.files[1:-1:4]:
         root = tmp_path / file.stem
         again = root / "run" / "version_0"
         shutil.copytree(folder, again)  # with the curves past the checkpoint, as a kill leaves them
@@ -347,10 +356,9 @@ def test_a_finished_run_is_extended_as_if_it_had_been_longer(make_trainer, tmp_p
 
 def test_last_is_the_last_and_best_the_best(make_trainer, tmp_path):
     """With a rate so large that the validation loss climbs from the first epoch on."""
-    settings = {"lr": 0.02, "momentum": 0.99}
     trainer = make_trainer(max_epochs=4, **saving(tmp_path))
     with trainer.init_module():
-        model = LinearRegression(num_features=3, start="uniform", **settings)
+        model = LinearRegression(num_features=3, start="uniform", lr=0.02, momentum=0.99)
     losses = []
     model.on_validation_end = lambda: losses.append(trainer.callback_metrics["val/loss"].item())
     trainer.fit(model, datamodule=RandomRows(**VALIDATED))
@@ -375,7 +383,7 @@ def root(good, tmp_path):
 
 
 def weight(root):
-    return lightning_gd.load(last(root)).weight.item()
+    return lightning_gd.load(last(root)).state_dict()["weight"].item()
 
 
 def after(*rates):
@@ -443,7 +451,7 @@ def test_typed_rates_reach_the_optimizer_and_its_schedule(make_trainer, tmp_path
     data, settings, limits = CASES["mini, epochs"]
     short = (data, settings, {"max_epochs": 2})
     folder = fit(make_trainer, tmp_path, short, "explicit", None)[1]
-    trainer = make_trainer(**limits)
+    trainer = make_trainer(**limits, **saving(tmp_path / "again"))
     with trainer.init_module():
         model = LinearRegression(num_features=3, lr=0.04, momentum=0.5, **settings)
     file = folder / "checkpoints" / "last.ckpt"

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -195,8 +194,9 @@ def test_a_run_without_a_verb(three_updates, tmp_path):
     hparams = yaml.safe_load((folder / "hparams.yaml").read_text())
     assert (hparams["lr"], hparams["gradient"], hparams["bias"]) == (0.01, "explicit", False)
     steps, losses = curves_in(folder)[1]["train/loss"]
-    assert steps == [0, 1, 2]
-    np.testing.assert_allclose(losses, [30, 30 * 0.85**2, 30 * 0.85**4], rtol=1e-6)  # float32
+    assert steps == [0, 1, 2, 3]  # the last of them after the last update
+    exact = [30 * 0.85 ** (2 * k) for k in range(4)]
+    np.testing.assert_allclose(losses, exact, rtol=1e-6)  # float32
 
 
 def test_the_resolved_config_runs_again(three_updates, tmp_path):
@@ -290,8 +290,9 @@ def test_parity_draws_every_update(parity):
     _, _, curves = parity
     # float32: sums of 2,000 and 784 terms, over 500 updates
     for tag, expected in (("train/loss", losses), ("gradient_norm", norms)):
-        assert curves[tag][0] == list(range(500))
-        np.testing.assert_allclose(curves[tag][1], expected, rtol=1e-4)
+        assert curves[tag][0][:500] == list(range(500))
+        np.testing.assert_allclose(curves[tag][1][:500], expected, rtol=1e-4)
+    assert curves["train/loss"][0][500:] == [500]  # after the last update
     steps, values = curves["test/loss"]
     assert steps[:500] == list(range(500)) and values[0] == pytest.approx(1)
     assert set(steps[500:]) <= {500}  # the test after the last update
@@ -299,81 +300,10 @@ def test_parity_draws_every_update(parity):
 
 def test_parity_keeps_histograms_and_hyperparameters(parity):
     _, events, _ = parity
-    for name in ("weight", "bias"):
-        assert [point.step for point in events.Histograms(name)] == [0, 500]
+    assert [point.step for point in events.Histograms("weights/weight")] == [0, 500]
     kept = events.PluginTagToContent("hparams")
     assert b"optimizer" in kept["_hparams_/session_start_info"]
     assert b"test/accuracy" in kept["_hparams_/experiment"]
-
-
-# Refusals
-
-WRONG = {
-    "lr 0": (["--model.lr", "0"], "lr=0.0 must be a finite number above 0"),
-    "lr nan": (["--model.lr", ".nan"], "lr=nan must be a finite number above 0"),
-    "lr word": (["--model.lr", "much"], "much"),
-    "unknown setting": (["--model.lrr", "1"], "'lrr' is not accepted"),
-    "unknown option": (["--trainer.max_stepz", "1"], "--trainer.max_stepz"),
-    "stray word": (["stray"], "stray"),
-    "max_steps": (["--trainer.max_steps", "-5"], "You passed in -5"),
-    "road": (["--model.gradient", "numeric"], "numeric"),
-    "optimizer": (["--model.optimizer", "SDG"], "optimizer='SDG' .* did you mean 'SGD'"),
-    "closure": (["--model.optimizer", "LBFGS"], "optimizer='LBFGS' .*closure"),
-    "nesterov": (["--model.optimizer_args", "{nesterov: true}"], "'nesterov': True.* momentum"),
-    "decay": (["--model.optimizer_args", "{weight_decay: -1}"], "'weight_decay': -1"),
-    "optimizer's": (["--model.optimizer_args", "{foo: 1}"], "'foo'.*accepts lr, momentum"),
-    "scheduler": (["--model.scheduler", "Step"], "scheduler='Step' .*did you mean 'StepLR'"),
-    "scheduler's": (["--model.scheduler", "StepLR"], "'step_size'.*accepts step_size"),
-    "clip": (["--trainer.gradient_clip_val", "1"], "set --model.gradient_clip_val"),
-    "accumulate": (["--trainer.accumulate_grad_batches", "2"], "set --model.accumulate_grad_b"),
-    "devices": (["--trainer.devices", "0"], "devices='0'"),
-    "model": (["--model", "own.Nothing"], "own.Nothing"),
-    "points": (["--data.x", "[1, 2]"], "2 in x .* 4 in y"),
-    "nan": (["--data.x", "[1, .nan, 3, 4]"], "finite numbers.*nan"),
-    "batch_size": (["--data.batch_size", "0"], "batch_size=0"),
-    "passes": (["--data.batch_size", "2"], "passes_per_epoch=100 .*batch_size=2"),
-    "num_val": (["--data.num_val", "4"], "num_val=4 leaves no row"),
-    "experiment": (["--config", "liner"], "did you mean 'linear'"),
-    "broken YAML": (["--config", "broken.yaml"], "line 2"),
-    "unknown key": (["--config", "unknown.yaml"], "'modle'"),
-}
-
-
-@pytest.mark.parametrize("words, message", WRONG.values(), ids=WRONG)
-def test_what_the_user_wrote_wrong_is_status_2(three_updates, tmp_path, words, message):
-    (tmp_path / "broken.yaml").write_text("model: [1\n")
-    (tmp_path / "unknown.yaml").write_text("modle: 1\n")
-    status, out, err = run(*three_updates, *words)
-    assert status == 2 and "Traceback" not in err
-    error = err[err.index("error: ") :]
-    assert re.search(message, error, re.DOTALL), error
-    assert "train/loss" not in out and not list(tmp_path.rglob("*.ckpt"))
-
-
-FAILED = {
-    "no data": (
-        ["--config", "parity_full", "--data.root", "nowhere", "--data.download", "false"],
-        "nowhere/MNIST/raw/train-images-idx3-ubyte is missing.*--data.root",
-    ),
-    "no checkpoint": (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
-    "logs in a file": (["--trainer.default_root_dir", "mine.txt"], "mine.txt"),
-    "logs in no folder": (["--trainer.default_root_dir", "/proc/none"], "/proc/none"),
-}
-
-
-@pytest.mark.parametrize("words, message", FAILED.values(), ids=FAILED)
-def test_what_the_world_did_is_status_1(three_updates, tmp_path, words, message):
-    (tmp_path / "mine.txt").write_text("mine")
-    status, _, err = run("fit", *three_updates, *words)
-    assert status == 1 and err.startswith("error: ") and "Traceback" not in err
-    assert re.search(message, err, re.DOTALL), err
-    assert (tmp_path / "mine.txt").read_text() == "mine"
-    assert not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_a_traceback_where_it_is_asked_for(three_updates):
-    status, _, err = run("--traceback", *three_updates, "--data.batch_size", "0")
-    assert status == 2 and err.startswith("Traceback") and "error: batch_size=0" in err
 
 
 # As processes

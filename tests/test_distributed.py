@@ -23,11 +23,15 @@ def ends_of(tmp_path_factory):
     def ends(world):
         if world == 1:
             return [worlds.run_all()]
-        folder = tmp_path_factory.mktemp("worlds")
-        launch(world, [str(Path(worlds.__file__)), str(folder)])
-        return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
+        return ends_in_processes(world, tmp_path_factory.mktemp("worlds"))
 
     return ends
+
+
+def ends_in_processes(world, folder, **env):
+    """What each process of a world of `world` real processes ended with."""
+    launch(world, [str(Path(worlds.__file__)), str(folder)], **env)
+    return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
 
 
 def launch(world, command, timeout=240, **env):
@@ -46,7 +50,12 @@ def launch(world, command, timeout=240, **env):
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("case", worlds.CASES)
 def test_the_same_weights_in_every_world(ends_of, world, case):
-    (alone,), processes = ends_of(1), ends_of(world)
+    assert_same(ends_of(1), ends_of(world), case)
+
+
+def assert_same(ends_alone, processes, case):
+    """Every process ended as one that trained alone, and all in the very same weights."""
+    (alone,) = ends_alone
     for process in processes:
         torch.testing.assert_close(process[case]["weights"], alone[case]["weights"], **CLOSE)
         torch.testing.assert_close(process[case]["metrics"], alone[case]["metrics"], **CLOSE)
@@ -55,8 +64,12 @@ def test_the_same_weights_in_every_world(ends_of, world, case):
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_without_the_reduction_the_processes_part(ends_of, world):
-    name = "broken: no reduction"
-    (alone,), processes = ends_of(1), ends_of(world)
+    assert_parted(ends_of(1), ends_of(world))
+
+
+def assert_parted(ends_alone, processes):
+    """Without the sum over processes each went its own way."""
+    name, (alone,) = "broken: no reduction", ends_alone
     torch.testing.assert_close(alone[name]["weights"], alone["explicit full"]["weights"])
     assert not torch.equal(processes[0][name]["weights"], processes[1][name]["weights"])
     for process in processes:
@@ -65,7 +78,12 @@ def test_without_the_reduction_the_processes_part(ends_of, world):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_the_gradient_check_names_mistakes_on_every_process(ends_of, world):
-    for process in ends_of(world):
+    assert_mistakes_found(ends_of(world), world)
+
+
+def assert_mistakes_found(processes, world):
+    """Each planted mistake was named on every process, and none where there is none."""
+    for process in processes:
         found = process["found mistakes"]
         assert found["nothing"] == found["nothing, by autograd"] == ""
         assert "sum over the rows instead of the mean" in found["sum for mean"]

@@ -1,7 +1,8 @@
 """Trains every case in one world of processes; `test_distributed.py` compares the worlds.
 
 Run by `torchrun --nproc-per-node K tests/worlds.py FOLDER`: each process writes what it ended
-with to `FOLDER/K-RANK.pt`. One process group serves all cases.
+with to `FOLDER/K-RANK.pt`. One process group serves all cases. `WORLDS_ACCELERATOR=gpu` gives each
+process a GPU.
 """
 
 import logging
@@ -63,7 +64,7 @@ CASES = {
 def make_trainer(**settings):
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return Trainer(
-        accelerator="cpu",
+        accelerator=os.environ.get("WORLDS_ACCELERATOR", "cpu"),
         devices=world,
         strategy="ddp" if world > 1 else "auto",
         precision="64-true",
@@ -87,7 +88,7 @@ def run(data, settings):
     assert trainer.global_step == UPDATES
     train_loss = trainer.callback_metrics["train/loss"]
     # Read before the test, for which DDP is set up anew and copies the first process's weights.
-    weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).cpu()
     (metrics,) = trainer.test(model, datamodule=rows, verbose=False)
     return {
         "weights": weights,
@@ -154,5 +155,6 @@ if __name__ == "__main__":
     ends = run_all()
     rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
     torch.save(ends, f"{sys.argv[1]}/{world}-{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # not by a process that trains alone
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -38,4 +38,7 @@ class WeightHistograms(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 for name, parameter in pl_module.named_parameters():
-                    logger.experiment.add_histogram(name, parameter.data, trainer.global_step)
+                    if parameter.numel() > 1:
+                        logger.experiment.add_histogram(
+                            f"weights/{name}", parameter.data, trainer.global_step
+                        )

@@ -62,7 +62,13 @@ class CurveMemory(Logger):
 
 def shared_chart(*tags: str) -> dict[str, dict[str, list]]:
     """A layout for TensorBoard's custom scalars: `tags`, of every run shown, in one chart."""
-    return {"loss": {" and ".join(tags): ["Multiline", list(tags)]}}
+    predicted = [f"({PREDICTED}|{OPTIMUM})?{tag}$" for tag in tags]
+    return {
+        "loss": {
+            " and ".join(tags): ["Multiline", list(tags)],
+            "measured and predicted": ["Multiline", predicted],
+        }
+    }
 
 
 class Pictures(Callback):

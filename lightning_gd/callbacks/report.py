@@ -42,7 +42,9 @@ class EndTable(Callback):
         }
         self.add(trainer.callback_metrics)
         if isinstance(pl_module, GradientDescentModule):
-            self.add(pl_module.final_losses())
+            final = pl_module.final_losses()
+            self.add(final)
+            pl_module.curves.record(trainer.global_step, dict(final))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the table, unless a test follows."""

@@ -114,9 +114,11 @@ def _start(start: str, num_features: int, seed: int) -> tuple[Tensor, Tensor]:
     if start == "zeros":
         return torch.zeros(num_features), torch.zeros(())
     if start == "uniform":  # the notebook's
-        return torch.rand(num_features, generator=generator), torch.zeros(())
+        return torch.rand(num_features, generator=generator, device="cpu"), torch.zeros(())
     if start == "linear":  # nn.Linear draws both from U(−1/√D, 1/√D)
         bound = 1 / math.sqrt(num_features)
-        drawn = torch.rand(num_features + 1, generator=generator).mul(2).sub(1).mul(bound)
+        drawn = (
+            torch.rand(num_features + 1, generator=generator, device="cpu").mul(2).sub(1).mul(bound)
+        )
         return drawn[:-1].clone(), drawn[-1].clone()
     raise ValueError(f"start={start!r} must be one of 'zeros', 'uniform', 'linear'")

@@ -61,11 +61,13 @@ class ParityMLP(GradientDescentModule):
         whole_number("start_seed", start_seed, 0, below=SEEDS)
         self._relu, self._squared = activation == "relu", loss == "squared"
         drawn = torch.Generator().manual_seed(start_seed)
-        first, bound = torch.empty(hidden, num_features), 1 / math.sqrt(hidden)
+        first, bound = torch.empty(hidden, num_features, device="cpu"), 1 / math.sqrt(hidden)
         nn.init.kaiming_uniform_(first, nonlinearity=activation, generator=drawn)
         self.hidden_weight = nn.Parameter(first)
         self.hidden_bias = nn.Parameter(torch.zeros(hidden))
-        self.weight = nn.Parameter(torch.empty(hidden).uniform_(-bound, bound, generator=drawn))
+        self.weight = nn.Parameter(
+            torch.empty(hidden, device="cpu").uniform_(-bound, bound, generator=drawn)
+        )
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:

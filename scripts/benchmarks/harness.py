@@ -21,7 +21,7 @@ import numpy as np
 
 PRELOADED = ("lightning.pytorch", "torchvision", "sklearn.linear_model", "torchmetrics", "mlxtend")
 LONG = 2.0  # seconds: a first run that takes longer needs no warm-up, and counts
-SHORT = 4.0  # seconds: a row that takes less goes on, up to four times the repeats
+SHORT = 0.8  # seconds a round: a row that takes less goes on, up to four times the repeats
 BUDGET = 25.0  # seconds: a row that takes more stops after three rounds
 
 
@@ -109,6 +109,11 @@ class Measured:
     difference: float = 0.0
     ratio: float = 1.0  # ours / this side's: median time, or memory
 
+    def add(self, run: Run, timed: bool = True) -> None:
+        """Keep the time of a run and the largest memory of all."""
+        self.seconds += [(run.seconds or 0.0) / run.units] if timed else []
+        self.memory = max(self.memory, run.memory or 0.0)
+
     @property
     def median(self) -> float:
         """The median time of a unit."""
@@ -155,7 +160,6 @@ def measure(row: Row, job: Job, repeats: int, tick: Callable[[], None] = lambda:
     first = outcome.sides[0]
     for run, mine in zip(runs, outcome.sides, strict=True):
         mine.difference = _difference(runs[0].result, run.result)
-        mine.memory = run.memory or 0.0
         mine.ratio = first.memory / mine.memory if row.memory else first.median / mine.median
     apart = [mine for mine in outcome.sides if not mine.difference <= mine.side.tolerance]
     if apart:
@@ -173,14 +177,13 @@ def _rounds(
     """Run all sides in turns until there is enough; the last run of each."""
     start, last = time.perf_counter(), [team.run() for team in teams]
     for run, mine in zip(last, sides, strict=True):
-        seconds = run.seconds or 0.0
-        mine.seconds += [seconds / run.units] if seconds > LONG else []
+        mine.add(run, timed=(run.seconds or 0.0) > LONG)
     done = 0
     while _wanted(done, repeats, time.perf_counter() - start):
         for i, team in enumerate(teams):
             if len(sides[i].seconds) == done:
                 last[i] = team.run()
-                sides[i].seconds.append((last[i].seconds or 0.0) / last[i].units)
+                sides[i].add(last[i])
             tick()
         done += 1
     return last
@@ -189,7 +192,7 @@ def _rounds(
 def _wanted(done: int, repeats: int, elapsed: float) -> bool:
     if done < repeats:
         return elapsed < BUDGET or done < 3
-    return elapsed < SHORT and done < 4 * repeats
+    return elapsed < SHORT * repeats and done < 4 * repeats
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -1,0 +1,326 @@
+"""What a user can write wrong, and what the world can do: data for `test_bad_inputs.py`.
+
+Each case is `name: (words of the command line, regular expression of the answer)`. The words come
+after those of a run of three updates of the line y = 2x, in a folder with the files of `written`.
+"""
+
+import numpy as np
+from test_mnist_files import idx, small_files
+
+# Every option that takes a number, with values that it must refuse and the word for it.
+WHOLE = "-1 1.5 true"
+NUMBERS = {
+    "--model.lr": "0 -1 .nan .inf -.inf true much",
+    "--model.momentum": "-0.1 1 .nan true",
+    "--model.gradient_clip_val": "0 -1 .nan .inf true",
+    "--model.accumulate_grad_batches": f"0 {WHOLE}",
+    "--model.updates_per_step": f"0 {WHOLE}",
+    "--model.num_features": f"0 {WHOLE} null much",
+    "--model.start_seed": f"{WHOLE} 1e22 9223372036854775808",
+    "--model.intercept": ".nan .inf true",
+    "--data.batch_size": f"0 {WHOLE} .nan .inf much",
+    "--data.passes_per_epoch": f"0 {WHOLE}",
+    "--data.num_val": WHOLE,
+    "--data.test_every": WHOLE,
+    "--data.seed": f"{WHOLE} 9223372036854775808",
+    "--checkpoint.every_n_updates": f"0 {WHOLE}",
+    "--gradient_check.every_n_updates": f"0 {WHOLE}",
+    "--gradient_check.rows": f"0 {WHOLE}",
+    "--process_timeout": "0 .nan 1e300 true",
+}
+LIGHTNINGS = {
+    "--seed_everything": "-1 1.5 4294967296",
+    "--trainer.max_steps": "-5 1.5 true",
+    "--trainer.max_epochs": "-2 1.5",
+    "--trainer.limit_train_batches": "-1 1.5",
+}
+# The answer names the value as Python writes it, or as it was typed.
+WRITTEN = {".nan": "nan", ".inf": "inf", "-.inf": "-inf", "true": "[Tt]rue", "null": "N(one|ull)"}
+
+
+def of_numbers(numbers, answer):
+    """A case for each option and each value."""
+    return {
+        f"{option} {value}": (
+            [f"{option}={value}"],
+            answer.format(
+                name=option.rpartition(".")[2].strip("-"),
+                value=WRITTEN.get(value, value.replace("1e", "1e.?")),
+            ),
+        )
+        for option, values in numbers.items()
+        for value in values.split()
+    }
+
+
+RIDGE, MLP = ["--model", "lightning_gd.RidgeRegression"], ["--model", "lightning_gd.ParityMLP"]
+LINE, DIGITS = ["--config", "linear"], ["--config", "parity"]
+TABLE = ["--config", "table", "--data.target", "y", "--data.path"]
+MINI = ["--data.batch_size", "2", "--data.passes_per_epoch", "1"]
+
+WRONG = {
+    **of_numbers(NUMBERS, r"(?s)\b{name}\b.*{value}"),
+    **of_numbers(LIGHTNINGS, "{value}"),
+    # Words
+    "verb": (["fitt"], "unknown verb 'fitt': did you mean 'fit'"),
+    "experiment": (["--config", "liner"], "unknown experiment 'liner': did you mean 'linear'"),
+    "no experiment": (["--config", "no.yaml"], "no.yaml: there is no such file"),
+    "stray word": (["stray"], "stray"),
+    "unknown setting": (["--model.lrr", "1"], "'lrr' is not accepted"),
+    "unknown option": (["--trainer.max_stepz", "1"], "--trainer.max_stepz"),
+    "road": (["--model.gradient", "numeric"], "'explicit', 'autograd'.*numeric"),
+    "start": (["--model.start", "ones"], "'zeros', 'uniform', 'linear'.*ones"),
+    "interval": (["--model.scheduler_interval", "day"], "'update', 'epoch'.*day"),
+    "clipping": (["--model.gradient_clip_algorithm", "max"], "'norm', 'value'.*max"),
+    "on_error": (["--gradient_check.on_error", "shout"], r"(?s)'stop', 'warn'.*shout"),
+    "flag": (["--model.bias", "7"], "bool.*7"),
+    "optimizer": (["--model.optimizer", "SDG"], "optimizer='SDG' .* did you mean 'SGD'"),
+    "no optimizer": (["--model.optimizer", "os.system"], "optimizer='os.system' is none of"),
+    "no module": (["--model.optimizer", "no.such"], "optimizer='no.such' cannot be imported"),
+    "closure": (["--model.optimizer", "LBFGS"], "optimizer='LBFGS' .*closure"),
+    "nesterov": (["--model.optimizer_args", "{nesterov: true}"], "'nesterov': True.* momentum"),
+    "decay": (["--model.optimizer_args", "{weight_decay: -1}"], "'weight_decay': -1"),
+    "decay nan": (
+        ["--model.optimizer_args", "{weight_decay: .nan}"],
+        "optimizer_args .*weight_decay=nan",
+    ),
+    "lr twice": (["--model.optimizer_args", "{lr: 1}"], "lr=1: set lr itself"),
+    "optimizer's": (["--model.optimizer_args", "{foo: 1}"], "'foo'.*accepts lr, momentum"),
+    "not a mapping": (["--model.optimizer_args", "[1]"], r"optimizer_args.*\[1\]"),
+    "scheduler": (["--model.scheduler", "Step"], "scheduler='Step' .*did you mean 'StepLR'"),
+    "scheduler's": (["--model.scheduler", "StepLR"], "'step_size'.*accepts step_size"),
+    "model": (["--model", "own.Nothing"], "own.Nothing"),
+    "data": (["--data", "Nothing"], "Nothing"),
+    "callback": (["--trainer.callbacks", "Nothing"], "Nothing"),
+    "histograms": (
+        [*LINE, "--config", "histograms.yaml"],
+        "most=0 must be an integer of at least 1",
+    ),
+    "pictures": ([*LINE, "--config", "pictures.yaml"], "worst=-1 must be an integer of at least 1"),
+    "alpha": ([*RIDGE, "--model.alpha", "-1"], "alpha=-1.0 must be a finite number of at least 0"),
+    "alpha nan": ([*RIDGE, "--model.alpha", ".nan"], "alpha=nan"),
+    "hidden": ([*MLP, "--model.hidden", "0"], "hidden=0"),
+    "activation": ([*MLP, "--model.activation", "gelu"], "'relu', 'tanh'.*gelu"),
+    "mlp's loss": ([*MLP, "--model.loss", "hinge"], "'squared', 'logistic'.*hinge"),
+    "mlp's seed": ([*MLP, "--model.start_seed", "-1"], "start_seed=-1"),
+    # What does not go together
+    "trainer clips": (["--trainer.gradient_clip_val", "1"], "set --model.gradient_clip_val"),
+    "trainer adds": (["--trainer.accumulate_grad_batches", "2"], "--model.accumulate_grad_batches"),
+    "no device": (["--trainer.devices=0"], "devices='0'"),
+    "devices": (["--trainer.devices=-1"], "devices.* should be an int > 0"),
+    "device word": (["--trainer.devices=much"], "devices.* should be an int > 0"),
+    "strategy": (["--trainer.strategy", "sharded"], "sharded"),
+    "16-mixed": (["--trainer.precision", "16-mixed"], "precision 16-mixed .*32-true, 64-true"),
+    "16-true": (["--trainer.precision", "16-true"], "precision 16-true .*32-true, 64-true"),
+    "barebones": (["--trainer.barebones", "true"], "barebones true .*--trainer.logger false"),
+    "passes": (["--data.batch_size", "2"], "passes_per_epoch=100 .*batch_size=2"),
+    "auto": ([*MINI, "--model.lr", "auto"], "lr='auto' .*batch_size=2 is not the full batch"),
+    "auto Adam": (["--model.lr", "auto", "--model.optimizer", "Adam"], "lr='auto' .*SGD is needed"),
+    "moments": ([*MINI, "--model.moments", "true"], "moments=True .*batch_size=2"),
+    "weights": (["--model.weight", "[1, 2]"], r"weight=\[1.0, 2.0\] .*num_features=1"),
+    "weight nan": (["--model.weight", "[.nan]"], "weight=nan must be a finite number"),
+    "weight true": (["--model.weight", "[true]"], "True"),
+    "intercept": (["--model.intercept", "1"], "intercept=1.0 needs bias=True"),
+    "width": (["--model.num_features", "2"], r"num_features=2 .*\[N, 1\].*num_features 1"),
+    "width of digits": ([*DIGITS, "--model.num_features", "9"], r"num_features=9 .*\[N, 784\]"),
+    "width, at predict": (["predict", "--model.num_features", "2"], "num_features=2 .*1"),
+    # Points
+    "counts": (["--data.x", "[1, 2]"], "2 in x .* 4 in y"),
+    "widths": (["--data.x", "[[1, 2], [3], [4], [5]]"], r"\[1, 2\] features"),
+    "no points": (["--data.x", "[]", "--data.y", "[]"], "0 in x .*0 in y"),
+    "word": (["--data.x", "word"], "word"),
+    "columns of targets": (["--data.y", "[[2], [4], [6], [8]]"], r"\[2\]"),
+    "x nan": (["--data.x", "[1, .nan, 3, 4]"], "x must hold finite numbers.*nan"),
+    "y infinite": (["--data.y", "[1, 2, 3, -.inf]"], "y must hold finite numbers.*-inf"),
+    "beyond float32": (["--data.x", "[1e300, 2, 3, 4]"], "float32; got.*1e.300"),
+    # Digits
+    "source": ([*DIGITS, "--data.source", "kaggle"], "'offline', 'torchvision'.*kaggle"),
+    "scaling": ([*DIGITS, "--data.scaling", "z"], "'unit', 'symmetric', 'standard'.*z"),
+    "num_train 0": ([*DIGITS, "--data.num_train", "0"], "num_train=0"),
+    # Tables
+    "empty file": ([*TABLE, "empty.csv"], "empty.csv has no header"),
+    "bytes": ([*TABLE, "bytes.csv"], "bytes.csv is not a text file in UTF-8"),
+    "twice": ([*TABLE, "twice.csv"], "twice.csv, line 1: .*both named 'a'"),
+    "target": ([*TABLE, "good.csv", "--data.target", "z"], "good.csv has no column 'z'.*a, y"),
+    "features": ([*TABLE, "good.csv", "--data.features", "[b]"], "no column 'b'.*a, y"),
+    "separator": ([*TABLE, "good.csv", "--data.separator", "::"], "separator='::'"),
+    "other separator": ([*TABLE, "good.csv", "--data.separator", ";"], "separator right"),
+    "fraction": ([*TABLE, "good.csv", "--data.test_fraction", "1"], "test_fraction=1.0"),
+    "fraction nan": ([*TABLE, "good.csv", "--data.test_fraction", ".nan"], "test_fraction=nan"),
+    "table's width": ([*TABLE, "good.csv", "--model.num_features", "3"], "num_features=3 .*1"),
+    # YAML
+    "broken YAML": (["--config", "broken.yaml"], "broken.yaml, line 2, column 1: not YAML"),
+    "tab": (["--config", "tab.yaml"], "tab.yaml, line 2, column 1: not YAML"),
+    "binary YAML": (["--config", "binary.yaml"], "binary.yaml: not YAML"),
+    "empty YAML": (["--config", "empty.yaml"], "empty.yaml must map keys"),
+    "list": (["--config", "list.yaml"], "list.yaml must map keys"),
+    "unknown key": (["--config", "unknown.yaml"], "'modle'"),
+    "unknown init arg": (["--config", "lrr.yaml"], "'lrr' is not accepted"),
+    # Checkpoints
+    "URL": (["--ckpt_path", "http://127.0.0.1/x.ckpt"], "is a URL: only local files"),
+    "not a checkpoint": (["--ckpt_path", "mine.txt"], "mine.txt is refused: it is damaged"),
+}
+
+# What only the rows can tell: answered before the first update, in a run folder without results.
+READ = {
+    "num_val": (["--data.num_val", "4"], "num_val=4 leaves no row"),
+    "validate": (["validate"], "num_val=0 .*--data.num_val"),
+    "nothing to learn": (["--data.x", "[0, 0, 0, 0]"], "every x .*is 0.*--model.bias true"),
+    "num_train": ([*DIGITS, "--data.num_train", "2001"], "num_train=2001 .*2000 .*offline"),
+    "num_test": ([*DIGITS, "--data.num_test", "3001"], "num_test=3001 .*3000 .*offline"),
+    "cell": ([*TABLE, "cell.csv"], "cell.csv, line 3, column 'a': 'two' is not a finite number"),
+    "nan cell": ([*TABLE, "nan.csv"], "nan.csv, line 2, column 'a'"),
+    "empty cell": ([*TABLE, "hole.csv"], "hole.csv, line 3, column 'y': the cell is empty"),
+    "no rows": ([*TABLE, "header.csv"], "header.csv has a header and no rows"),
+    "ragged": ([*TABLE, "ragged.csv"], "ragged.csv cannot be read as a table"),
+    "one row": ([*TABLE, "one.csv"], "test_fraction=0.2 leaves no row of one.csv"),
+    "no loss": (["--model", "bad_own.NoLoss"], r"NoLoss must define loss\(x, y\)"),
+    "no formula": (["--model", "bad_own.NoFormula"], r"NoFormula must define gradients\(x, y\)"),
+    "own width": (["--model", "bad_own.Wide"], r"Wide cannot take the data, whose x is \[N, 1\]"),
+    "column": (["--model", "bad_own.Column"], r"Column.forward returns \[N, 1\] .*return \[N\]"),
+    "float64": (["--data", "bad_own.Doubles"], "x is torch.float64 .*weights are torch.float3"),
+    "own nan": (["--data", "bad_own.Nans"], r"x\[1, 0\] of the train rows is nan"),
+    "own inf": (["--data", "bad_own.Infinite"], r"y\[2\] of the test rows is inf"),
+    "own empty": (["--data", "bad_own.Empty"], r"at least one row; got x \[0, 1\]"),
+    "own column": (["--data", "bad_own.Columns"], r"x \[4, 1\], y \[4, 1\]"),
+    "own vector": (["--data", "bad_own.Vector"], r"x \[4\], y \[4\]"),
+}
+
+FULL = ["--config", "parity_full", "--data.download", "false", "--data.root"]
+FAILED = {
+    "no data": ([*FULL, "nowhere"], "nowhere/MNIST/raw/train-images-idx3-ubyte is missing"),
+    "no table": ([*TABLE, "nowhere.csv"], "nowhere.csv"),
+    "a folder for a table": ([*TABLE, "."], r"\."),
+    "no checkpoint": (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
+    "logs in a file": (["--trainer.default_root_dir", "mine.txt"], "mine.txt"),
+    "logs in no folder": (["--trainer.default_root_dir", "/proc/none"], "/proc/none"),
+    "checkpoints in no folder": (["--checkpoint.dirpath", "/proc/none"], "/proc/none"),
+    "checkpoints in a file": (["--checkpoint.dirpath", "mine.txt"], "mine.txt"),
+    "no GPU backend": (["--trainer.accelerator", "tpu"], "torch_xla"),
+}
+
+OWN_CODE = """
+import torch
+from lightning_gd import GradientDescentModule, LinearRegression
+from lightning_gd.data.tensors import Table, TensorDataModule
+
+
+class NoLoss(GradientDescentModule):
+    def __init__(self, num_features: int = 1, bias: bool = False, start: str = "", **kwargs):
+        super().__init__(**kwargs)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class NoFormula(NoLoss):
+    def loss(self, x, y):
+        return (self(x) - y).square().mean()
+
+
+class Wide(NoFormula):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.weight = torch.nn.Parameter(torch.zeros(5))
+
+
+class Column(NoFormula):
+    def forward(self, x):
+        return x * self.weight
+
+
+class Rows(TensorDataModule):
+    def __init__(self, x: list = [], y: list = [], **kwargs):
+        super().__init__(**kwargs)
+
+    def load(self):
+        x, y = torch.ones(4, 1), torch.ones(4)
+        return {"train": Table(x, y), "test": Table(*self.changed(x.clone(), y.clone()))}
+
+
+class Infinite(Rows):
+    def changed(self, x, y):
+        y[2] = torch.inf
+        return x, y
+
+
+class Nans(Rows):
+    def load(self):
+        x = torch.tensor([[1.0], [torch.nan], [2.0], [torch.inf]])
+        return {"train": Table(x, torch.ones(4))}
+
+
+class Doubles(Rows):
+    def load(self):
+        return {"train": Table(torch.ones(4, 1).double(), torch.ones(4).double())}
+
+
+class Empty(Rows):
+    def changed(self, x, y):
+        return x[:0], y[:0]
+
+
+class Columns(Rows):
+    def changed(self, x, y):
+        return x, y[:, None]
+
+
+class Vector(Rows):
+    def changed(self, x, y):
+        return x[:, 0], y
+"""
+
+CALLBACK = (
+    "trainer: {{callbacks: [{{class_path: lightning_gd.callbacks.{}, init_args: {{{}}}}}]}}\n"
+)
+FILES = {
+    "bad_own.py": OWN_CODE,
+    "mine.txt": "mine",
+    "broken.yaml": "model: [1\n",
+    "tab.yaml": "model:\n\tlr: 1\n",
+    "binary.yaml": b"\xff\xfe\x00\x01",
+    "empty.yaml": "",
+    "list.yaml": "- 1\n",
+    "unknown.yaml": "modle: 1\n",
+    "lrr.yaml": "model: {class_path: lightning_gd.LinearRegression, init_args: {lrr: 1}}\n",
+    "histograms.yaml": CALLBACK.format("histograms.WeightHistograms", "most: 0"),
+    "pictures.yaml": CALLBACK.format("pictures.Pictures", "worst: -1"),
+    "good.csv": "a,y\n1,2\n2,4\n3,6\n",
+    "cell.csv": "a,y\n1,2\ntwo,4\n3,6\n",
+    "nan.csv": "a,y\nnan,2\n2,4\n3,6\n",
+    "hole.csv": "a,y\n1,2\n2,\n3,6\n",
+    "header.csv": "a,y\n",
+    "empty.csv": "",
+    "bytes.csv": b"a,y\n\xff\xfe,2\n" + bytes(range(128, 160)),
+    "ragged.csv": "a,y\n1,2,3\n2,4\n",
+    "twice.csv": "a,a,y\n1,2,3\n",
+    "one.csv": "a,y\n1,2\n",
+}
+
+# Folders with the four files of MNIST, of which one is not what it was.
+IMAGES, LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+DAMAGED = {
+    "short images": (IMAGES, lambda content: content[:-1]),
+    "no images": (IMAGES, lambda content: b""),
+    "magic of images": (IMAGES, lambda content: b"\1" + content[1:]),
+    "count of images": (IMAGES, lambda content: content[:7] + b"\x1f" + content[8:]),
+    "altered images": (IMAGES, lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+    "short labels": (LABELS, lambda content: content[:-1]),
+    "magic of labels": (LABELS, lambda content: content[:3] + b"\3" + content[4:]),
+    "count of labels": (LABELS, lambda content: content[:7] + b"\x0d" + content[8:]),
+    "a label of 10": (LABELS, lambda content: idx(np.full(12, 10, np.uint8))),
+}
+for number, (case, (file, damage)) in enumerate(DAMAGED.items()):
+    FAILED[case] = ([*FULL, f"digits{number}"], f"{file} is truncated or altered.*offline")
+    content = small_files()
+    content[file] = damage(content[file])
+    FILES.update({f"digits{number}/MNIST/raw/{name}": data for name, data in content.items()})
+
+
+def write(folder):
+    """Write `FILES` into `folder`."""
+    for name, text in FILES.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -1,0 +1,72 @@
+"""One GPU, many GPUs and the CPU end in the same weights: the tests of `test_distributed.py`."""
+
+import functools
+import re
+
+import pytest
+import torch
+import worlds
+from test_cli import LIGHTNINGS, run
+from test_distributed import assert_mistakes_found, assert_parted, assert_same, ends_in_processes
+
+FOUND = torch.cuda.device_count()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not FOUND, reason="no GPU: torch.cuda.device_count() is 0"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),  # the CPU is one side
+]
+WORLDS = [
+    pytest.param(
+        count, marks=pytest.mark.skipif(count > FOUND, reason=f"{FOUND} GPUs of {count} needed")
+    )
+    for count in (1, 2, 3, 4)
+]
+
+
+@pytest.fixture(scope="module")
+def cpu_ends():
+    """What one process on the CPU ended with."""
+    return [worlds.run_all()]
+
+
+@pytest.fixture(scope="module")
+def gpu_ends(tmp_path_factory):
+    """What each process of a world with one GPU a process ended with; each world is run once."""
+
+    @functools.cache
+    def ends(world):
+        folder = tmp_path_factory.mktemp("gpus")
+        return ends_in_processes(world, folder, WORLDS_ACCELERATOR="gpu")
+
+    return ends
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", worlds.CASES)
+def test_the_same_weights_as_on_the_cpu(cpu_ends, gpu_ends, world, case):
+    assert_same(cpu_ends, gpu_ends(world), case)
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_without_the_reduction_the_gpus_part(gpu_ends, world):
+    assert_parted(gpu_ends(1), gpu_ends(world))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_gradient_check_names_mistakes_on_every_gpu(gpu_ends, world):
+    assert_mistakes_found(gpu_ends(world), world)
+
+
+@pytest.mark.filterwarnings(LIGHTNINGS)
+@pytest.mark.parametrize("road", [["--model.moments", "true"], [], ["--model.gradient=autograd"]])
+def test_the_default_experiment_ends_as_on_the_cpu(tmp_path, road):
+    options = {"max_steps": 100, "default_root_dir": tmp_path, "enable_progress_bar": "false"}
+    words = [w for option, value in options.items() for w in (f"--trainer.{option}", value)]
+    found = []
+    for accelerator in ("cpu", "gpu"):
+        status, out, err = run("--trainer.accelerator", accelerator, *words, *road)
+        assert status == 0, err
+        assert f"1 × {'cuda' if accelerator == 'gpu' else 'cpu'}" in out
+        found.append([float(value) for value in re.findall(r"(?:train|test)/loss +(\S+)", out)])
+    # float32: sums over 2,000 rows and 784 pixels in another order, 1e-7 each, over 100 updates
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
