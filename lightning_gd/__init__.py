@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_gd.checkpoints import load
     from lightning_gd.data.mnist import MNISTParityData
     from lightning_gd.data.points import PointsData
+    from lightning_gd.data.table import TableData
     from lightning_gd.data.tensors import TensorDataModule
     from lightning_gd.models.linear import LinearRegression
     from lightning_gd.models.logistic import LogisticParity
@@ -31,6 +32,7 @@ _HOMES = {
     "ParityRegressor": "models.parity",
     "PointsData": "data.points",
     "RidgeRegression": "models.ridge",
+    "TableData": "data.table",
     "TensorDataModule": "data.tensors",
     "load": "checkpoints",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "ParityRegressor",
     "PointsData",
     "RidgeRegression",
+    "TableData",
     "TensorDataModule",
     "load",
 ]

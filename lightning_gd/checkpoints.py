@@ -103,7 +103,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         try:
             checkpoint = torch.load(opened, map_location="cpu", weights_only=True)
         except Exception as error:  # what damaged bytes raise has no common type
-            raise ValueError(f"checkpoint {path} is refused: {_reason(error)}") from error
+            # An OSError as its cause would read as a fault of the disk.
+            cause = None if isinstance(error, OSError) else error
+            raise ValueError(f"checkpoint {path} is refused: {_reason(error)}") from cause
     ours = checkpoint.get(OURS) if isinstance(checkpoint, dict) else None
     if not isinstance(ours, dict):
         raise ValueError(f"checkpoint {path} is refused: it was not written by {OURS}")

@@ -82,7 +82,8 @@ def resolve(arguments: list[str]) -> list[str]:
         else:
             rest.append(word)
     if not configs and not {"-h", "--help"} & set(rest):
-        configs = [_experiment(DEFAULT)]
+        table = any(re.fullmatch(r"(--data=)?([\w.]+\.)?TableData", word) for word in rest)
+        configs = [_experiment("table" if table else DEFAULT)]
     # The name of the file, unless one stands in it; then the files, wherever they were written:
     # what is typed out wins over them.
     start = ["--experiment", configs[-1][0]] if configs else []
@@ -157,6 +158,8 @@ options that are often wanted:
   --trainer.strategy ddp --trainer.devices 2 --trainer.accelerator cpu
                                  two processes
   --model mypackage.MyModel      a model of your own
+  --config table --data.path FILE --data.target COLUMN
+                                 a table of your own
   --traceback                    show where an error came from
 
 All options: train.py fit --help"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import pkgutil
 import signal
@@ -22,13 +23,16 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_gd import data, models
+from lightning_gd.callbacks.coefficients import Coefficients
 from lightning_gd.callbacks.curvature_report import CurvatureReport
 from lightning_gd.callbacks.gradient_check import GradientCheck
 from lightning_gd.callbacks.histograms import WeightHistograms
 from lightning_gd.callbacks.pictures import Pictures
+from lightning_gd.callbacks.predictions import Predictions
 from lightning_gd.callbacks.progress import UpdateProgressBar
 from lightning_gd.callbacks.report import EndTable
 from lightning_gd.checkpoints import OURS, RunCheckpoint, check_class, check_shapes, read
+from lightning_gd.data.tensors import TensorDataModule
 from lightning_gd.logger import RunLogger
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.refusals import check_precision, number
@@ -131,6 +135,16 @@ class CommandLine(LightningCLI):
         parts += [f"of the checkpoint: {line}" for line in kept]
         print("; ".join(parts))
 
+    def before_instantiate_classes(self) -> None:
+        """Make the model as wide as the data, where nobody said how wide it is."""
+        chosen = self.config[str(self.subcommand)]
+        model, data = chosen["model"], chosen["data"]
+        table: Any = locate(data.class_path)
+        width, default = model.init_args.get("num_features"), _default_width(model.class_path)
+        if issubclass(table, TensorDataModule) and width == default:
+            wanted = table(**data.init_args.as_dict()).num_features
+            model.init_args["num_features"] = wanted or default
+
     def after_instantiate_classes(self) -> None:
         """Refuse weights of another shape before any work."""
         if self.checkpoint is not None:
@@ -143,6 +157,7 @@ class CommandLine(LightningCLI):
             config["trainer"],
             [self.table, WeightHistograms(), CurvatureReport(), Pictures()],
         )
+        callbacks += [Coefficients(), Predictions()]
         if chosen["enable_progress_bar"] is not False:
             callbacks.append(UpdateProgressBar())
         if chosen["logger"] in (None, True):
@@ -188,8 +203,9 @@ class CommandLine(LightningCLI):
                     logger.cut(self.checkpoint[OURS]["events"])
 
     def after_fit(self) -> None:
-        """Test with the weights after the last update where that is asked for, and show the table."""
-        if self.config["fit"]["test_after_fit"]:
+        """Test with the last weights where that is asked for, and show the table."""
+        tested = "test" in getattr(self.datamodule, "tables", {"test"})
+        if self.config["fit"]["test_after_fit"] and tested:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             self.table.add(self.trainer.callback_metrics)
         self.table.show(self.trainer)
@@ -206,6 +222,13 @@ def _lost(text: str) -> str:
     did = "did not answer within --process_timeout" if "imed out" in text else "has ended"
     detail = text.rpartition("] ")[2].partition(". This is")[0]  # without gloo's own file names
     return f"another process of this run {did} ({detail})"
+
+
+def _default_width(class_path: str) -> int:
+    """The default of `num_features`, of the class itself or of the one that takes its kwargs."""
+    model: Any = locate(class_path)
+    own = (inspect.signature(cls.__init__).parameters for cls in model.__mro__)
+    return next((p["num_features"].default for p in own if "num_features" in p), -1)
 
 
 def run() -> None:

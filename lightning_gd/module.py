@@ -282,7 +282,7 @@ class GradientDescentModule(EvaluatedModule):
             step += 1
             losses.append(loss)
         if losses:
-            self._finish(losses, rows)
+            self._finish(step - len(losses), losses, rows)
         else:  # batches of an update that is not complete are no points on the x axis
             self.trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
         if self.trainer.fit_loop.epoch_loop._num_ready_batches_reached():
@@ -357,7 +357,7 @@ class GradientDescentModule(EvaluatedModule):
         loss, *test = self._mean.reduce(test)
         self._record(step, loss, self._norm, test, bool(self.trainer.lr_scheduler_configs))
         self._step_schedulers("step", loss)
-        self._finish([loss], [rows])
+        self._finish(step, [loss], [rows])
 
     # Both roads
 
@@ -392,24 +392,24 @@ class GradientDescentModule(EvaluatedModule):
             values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.curves.record(step, values)
 
-    def _finish(self, losses: list[Tensor], rows: list[int]) -> None:
-        """Close a block: keep the epoch's mean, show the last loss, write full curves."""
+    def _finish(self, first: int, losses: list[Tensor], rows: list[int]) -> None:
+        """Close a block whose first update had the number `first`: keep the epoch's mean, show the last loss, write full curves."""
         stacked = torch.stack(losses)
-        self._stop_if_diverged(stacked)
+        self._stop_if_diverged(first, stacked)
         self._epoch_loss[0] += (stacked * torch.tensor(rows).to(stacked)).sum()
         self._epoch_loss[1] += sum(rows)
         self.log("train/loss", losses[-1], prog_bar=True, logger=False)
         if self.curves.full():
             self.curves.write(self.trainer)
 
-    def _stop_if_diverged(self, losses: Tensor) -> None:
+    def _stop_if_diverged(self, first: int, losses: Tensor) -> None:
         """Raise on every process alike, before anything is kept of it."""
         weights = torch.stack([p.isfinite().all() for p in self._trained])
         if torch.cat([losses.isfinite(), weights]).all():
             return
         self.curves.write(self.trainer)
         bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
-        made = self.trainer.global_step - len(losses) + (bad[0] if bad else len(losses))
+        made = first + (bad[0] if bad else len(losses))
         what = f"the loss is {losses[bad[0]].item()}" if bad else "a weight is not finite"
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         stable = "" if self.squares is None else self._stable_rate()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from benchmarks.harness import Job, Outcome, Row
+    from benchmarks.harness import Outcome, Row
 
 DESCRIPTION = """\
 Measures this package, bare loops, plain Lightning, scikit-learn and torch on the same work:
@@ -19,7 +19,7 @@ each side in its own process, in turns, several rounds. A row whose sides do not
 same result is refused. Takes about 8 minutes on 2 cores, with --quick about one."""
 EPILOG = "exit status: 0 all measured or skipped, 1 a row was refused, 2 wrong arguments"
 FETCH = (
-    "needs the full MNIST: python -c \"from lightning_gd import MNISTParityData; "
+    'needs the full MNIST: python -c "from lightning_gd import MNISTParityData; '
     "MNISTParityData('torchvision', root='data').prepare_data()\", then --data-root data"
 )
 
@@ -27,10 +27,9 @@ FETCH = (
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     arguments = _parse(argv)
-    from rich.console import Console
-
     from benchmarks import report
     from benchmarks.rows import rows  # takes seconds to import
+    from rich.console import Console
 
     known = rows(arguments.quick)
     if arguments.list:
@@ -45,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     head = report.head(arguments.quick, arguments.repeats)
     outcomes = _measured(chosen, arguments)
     # Away from a terminal: wide enough that no line breaks.
-    console = Console(width=None if sys.stdout.isatty() else 170)
-    console.print(report.caption(head), highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(report.caption(head), highlight=False, soft_wrap=True)
     console.print(report.table(outcomes))
     if arguments.json:
         plain = {"head": head, "rows": [report.plain(outcome) for outcome in outcomes]}
@@ -91,10 +90,9 @@ def _chosen(only: list[str] | None, known: list[Row]) -> list[Row]:
 
 
 def _measured(chosen: list[Row], arguments: argparse.Namespace) -> list[Outcome]:
+    from benchmarks.harness import Job, Outcome, measure
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
-
-    from benchmarks.harness import Job, Outcome, measure
 
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:3], TimeElapsedColumn())
     outcomes, there = [], (Path(arguments.data_root) / "MNIST" / "raw").is_dir()

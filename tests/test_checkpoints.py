@@ -409,7 +409,7 @@ def test_what_is_typed_wins_and_is_named(root):
     named = "typed: model.lr 0.02 instead of 0.01 of the checkpoint"
     assert status == 0 and line == f"from {last(root)}, update 3; {named}"
     assert weight(root) == after(*3 * [0.01], *3 * [0.02])
-    assert sorted(curves(last(root).parents[1])["train/loss"]) == list(range(6))
+    assert sorted(curves(last(root).parents[1])["train/loss"]) == list(range(7))
 
 
 def test_the_road_may_change(root):

@@ -220,7 +220,9 @@ class Team:
         meeting = f"{tempfile.mkdtemp(dir=self.job.folder)}/meeting"
         for rank in range(self.side.processes):
             pipe, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, self.side, self.job, rank, meeting))
+            process = context.Process(
+                target=_serve, args=(theirs, self.side, self.job, rank, meeting)
+            )
             process.start()
             theirs.close()
             self.members.append((process, pipe))

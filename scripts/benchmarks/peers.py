@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torchvision.datasets import MNIST
 from benchmarks import ours
 from benchmarks.harness import Job, Run
 from benchmarks.ours import BATCH, FULL_LR, HUBER, LR, UPDATES, Prepared, weights
+from lightning_gd.data.tensors import TensorDataModule
 
 
 def order(rows: int, epoch: int) -> Tensor:
@@ -208,7 +210,14 @@ def notebook(job: Job, rows: int) -> Prepared:
     return run
 
 
-def _solved(make: Callable[[], Any], job: Job, rows: int, dtype: type) -> Prepared:
+def _solved(
+    make: Callable[[], Any],
+    quality: Callable[[TensorDataModule, Tensor, Tensor], np.ndarray],
+    job: Job,
+    rows: int,
+    dtype: type,
+    units: float = 1.0,
+) -> Prepared:
     data = ours.digits(job, rows)
     train = data.tables["train"]
     x, y = train.x.numpy().astype(dtype), train.y.numpy().astype(dtype)
@@ -217,43 +226,31 @@ def _solved(make: Callable[[], Any], job: Job, rows: int, dtype: type) -> Prepar
         start = time.perf_counter()
         model = make().fit(x, y)
         seconds = time.perf_counter() - start
-        weight, bias = (np.ravel(v)[: x.shape[1]] for v in (model.coef_, model.intercept_))
-        quality = ours.quality(data, torch.from_numpy(weight), torch.tensor(float(bias[0])))
-        return Run(quality, seconds=seconds)
+        weight, bias = torch.from_numpy(model.coef_).reshape(-1), np.ravel(model.intercept_)
+        return Run(quality(data, weight, torch.tensor(float(bias[0]))), units, seconds)
 
     return run
 
 
 def ridge_classifier(job: Job, rows: int, dtype: type) -> Prepared:
     """scikit-learn's classifier for this loss, with its default penalty."""
-    return _solved(RidgeClassifier, job, rows, dtype)
+    return _solved(RidgeClassifier, ours.training_loss, job, rows, dtype)
 
 
 def linear_regression(job: Job, rows: int, dtype: type) -> Prepared:
     """scikit-learn's least squares."""
-    return _solved(LinearRegression, job, rows, dtype)
+    return _solved(LinearRegression, ours.training_loss, job, rows, dtype)
 
 
 def sgd_regressor(job: Job, rows: int, epochs: int) -> Prepared:
-    """scikit-learn's SGD, one row an update; what must agree is the test accuracy."""
-
-    def make() -> SGDRegressor:
-        return SGDRegressor(
-            penalty=None, learning_rate="constant", eta0=2e-5, max_iter=epochs, tol=None,
-            random_state=0,
-        )  # fmt: skip
-
-    solved = _solved(make, job, rows, np.float32)
-
-    def run() -> Run:
-        done = solved()
-        return Run(done.result[1:], epochs, done.seconds)
-
-    return run
+    """scikit-learn's SGD, one row an update."""
+    settings: dict[str, Any] = {"learning_rate": "constant", "eta0": 2e-5, "random_state": 0}
+    make = partial(SGDRegressor, penalty=None, max_iter=epochs, tol=None, **settings)
+    return _solved(make, ours.accuracy, job, rows, np.float32, epochs)
 
 
 def full_jacobian(job: Job, rows: int, vectorize: bool) -> Prepared:
-    """torch's Jacobian [N, 3, N, 3], of which the diagonal is wanted."""
+    """The whole Jacobian [N, 3, N, 3], of which the diagonal is wanted."""
     x, n = torch.stack(ours.samples(rows), dim=1), torch.arange(rows)
 
     def run() -> Run:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.harness import Measured, Outcome
 
-PACKAGES = ("lightning_gd", "torch", "lightning", "torchvision", "scikit-learn", "numpy", "tensorboard")  # fmt: skip
+PACKAGES = "lightning_gd torch lightning torchvision scikit-learn numpy tensorboard".split()
 PREFIXES = {"s": 1.0, "ms": 1e3, "µs": 1e6}
 
 
@@ -24,7 +25,7 @@ def head(quick: bool, repeats: int) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),  # of others, before this run
         "system": platform.platform(),
@@ -45,29 +46,31 @@ def _processor() -> str:
 def caption(head: dict[str, Any]) -> str:
     """The head, and what the numbers mean, in a few lines."""
     versions = ", ".join(f"{name} {head[name]}" for name in ("python", *PACKAGES))
+    size = ", quick: less data" if head["quick"] else ""
     return (
         f"{head['date']}, {head['processor']}, {head['cores']} cores, {head['threads']} threads, "
         f"load before the run {head['load']}\n{versions}\n"
-        f"at least {head['repeats']} rounds A B A B{', quick: less data' if head['quick'] else ''}; "
+        f"at least {head['repeats']} rounds A B A B{size}; "
         "data in memory before the clock starts; memory: above what the imports take\n"
         "ratio: our time over the peer's (×), or the peer's over ours (× faster)"
     )
 
 
 def table(outcomes: list[Outcome]) -> Table:
-    """One line a side, the ratio and what was wanted of it last."""
+    """A heading for each row, then one line a side, the ratio and what was wanted of it last."""
     shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("work", "side"):
-        shown.add_column(name, overflow="fold")
+    shown.add_column("work", overflow="fold")
     for name in ("median", "min – max", "unit", "n", "MB", "ratio", "reach"):
         shown.add_column(name, justify="left" if name == "unit" else "right", no_wrap=True)
     for outcome in outcomes:
-        why = outcome.refused or outcome.skipped
-        if why:
-            kind = "[bold red]refused[/]" if outcome.refused else "[yellow]skipped[/]"
-            shown.add_row(f"{outcome.row.work} ({outcome.row.name})", f"{kind}: {why}")
-        for i, side in enumerate(outcome.sides if not why else []):
-            shown.add_row("" if i else f"{outcome.row.work} ({outcome.row.name})", *_cells(outcome, side))
+        shown.add_row(f"[bold]{outcome.row.name}[/]: {outcome.row.work}")
+        if outcome.refused:
+            shown.add_row(f"  [bold red]refused[/]: {escape(outcome.refused)}")
+        elif outcome.skipped:
+            shown.add_row(f"  [yellow]skipped[/]: {escape(outcome.skipped)}")
+        else:
+            for mine in outcome.sides:
+                shown.add_row(*_cells(outcome, mine))
         shown.add_section()
     return shown
 
@@ -78,7 +81,7 @@ def _cells(outcome: Outcome, mine: Measured) -> list[str]:
     low, high = (scale * pick(mine.seconds) for pick in (min, max))
     colour = {True: "green", False: "red", None: "default"}[mine.reached]
     return [
-        mine.side.name,
+        f"  {mine.side.name}",
         _number(scale * mine.median),
         f"{_number(low)} – {_number(high)}",
         unit,
