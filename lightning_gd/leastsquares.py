@@ -58,6 +58,18 @@ class LeastSquares:
             self._optimum = self.moments().optimum(bias=self._bias)
         return self._optimum
 
+    def term_size(self) -> float:
+        """The largest term that the gradient from moments adds up: what its rounding goes by.
+
+        The entries of 2(|C||w| + |c|) + 2|m|e and of 2e, e = |m|ᵀ|w| + |b| + |ȳ|.
+        """
+        moments, theta = self.moments(), self.theta().abs()
+        weight, bias = theta[: len(moments.mean_x)], theta[len(moments.mean_x) :].sum()
+        mean = moments.mean_x.abs()
+        error = mean @ weight + bias + moments.mean_y.abs()
+        terms = moments.cov_xx.abs() @ weight + moments.cov_xy.abs() + mean * error
+        return 2 * max(terms.max().item(), error.item())
+
     def theta(self) -> Tensor:
         """The trained parameters, flattened in the order of the Hessian, float64."""
         trained = [p.detach().reshape(-1) for p in self.module.parameters() if p.requires_grad]

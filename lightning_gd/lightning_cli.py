@@ -33,6 +33,7 @@ from lightning_gd.callbacks.progress import UpdateProgressBar
 from lightning_gd.callbacks.report import EndTable
 from lightning_gd.checkpoints import OURS, RunCheckpoint, check_class, check_shapes, read
 from lightning_gd.data.tensors import TensorDataModule
+from lightning_gd.distributed import world_size
 from lightning_gd.logger import RunLogger
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.refusals import check_precision, number
@@ -239,10 +240,12 @@ def run() -> None:
         warnings.filterwarnings("ignore", message=message)
     try:
         CommandLine()
-    except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
-            raise
-        raise RuntimeError(_lost(str(error))) from error
-    if dist.is_available() and dist.is_initialized():
+    except BaseException as error:
+        if world_size() > 1 and dist.get_backend() == "gloo":
+            dist.destroy_process_group()  # the others hear of it now, not seconds later
+        if type(error).__name__.startswith("Dist") or "gloo" in str(error):
+            raise RuntimeError(_lost(str(error))) from error
+        raise
+    if world_size() > 1:
         dist.barrier()  # without it a process may abort while another still talks to it
         dist.destroy_process_group()

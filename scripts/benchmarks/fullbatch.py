@@ -1,0 +1,180 @@
+"""Full-batch updates by the formula and by moments, on one process and on two."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from benchmarks.exact import flat, random_bytes
+from benchmarks.fitting import MNIST, SMALL, Prepared, digits, fit, warm, weights
+from benchmarks.harness import Row
+from benchmarks.team import Job, Run, Side
+from lightning_gd import ParityRegressor
+from lightning_gd.callbacks.gradient_check import GradientCheck
+from lightning_gd.data.mnist import SCALINGS
+from lightning_gd.data.tensors import Table, TensorDataModule
+from lightning_gd.distributed import reduce_sum, world_size
+from lightning_gd.moments import Moments
+
+LR, UPDATES, MANY = 0.002, 500, 2000
+
+
+def rows(quick: bool) -> list[Row]:
+    """The rows of full batches."""
+    work = f"{{:,}} digits, full batch, {UPDATES} updates, both losses at each"
+    n = 6_000 if quick else MNIST
+    formula = partial(full_batch, rows=SMALL, moments=False)
+    notebooks = partial(notebook, rows=SMALL)
+    large = (
+        Side("fit by moments", partial(full_batch, rows=n, moments=True)),
+        Side("notebook's loop", partial(notebook, rows=n), faster=25),
+    )
+    by_formula = (
+        Side("fit by the formula", formula),
+        Side("notebook's loop", notebooks, at_most=1.0),
+    )
+    by_moments = (
+        Side("fit by moments", partial(full_batch, rows=SMALL, moments=True)),
+        Side("notebook's loop", notebooks, at_most=0.4),
+    )
+    checked = (
+        Side("with GradientCheck", partial(formula, check=True)),
+        Side("without", formula, at_most=1.05, tolerance=0.0),
+    )
+    return [
+        Row("moments", work.format(n), large, "ms/update", digits=True),
+        Row("formula-2000", work.format(SMALL), by_formula, "ms/update"),
+        Row("moments-2000", work.format(SMALL), by_moments, "ms/update"),
+        Row(
+            "check-full", "the same by the formula, GradientCheck as shipped", checked, "ms/update"
+        ),
+        _flat(10**5 if quick else 10**6),
+        *_processes(),
+    ]
+
+
+def _flat(largest: int) -> Row:
+    sizes = [10**k for k in range(3, 7) if 10**k < largest]
+    prepare = {n: partial(moments_updates, rows=n) for n in (largest, *sizes)}
+    others = [Side(f"{n:,} rows", prepare[n], at_most=1.5) for n in sizes]
+    return Row(
+        "flat",
+        "an update from the moments of more and more rows of 784",
+        (Side(f"{largest:,} rows", prepare[largest]), *others),
+        "ms/update",
+    )
+
+
+def _processes() -> list[Row]:
+    updates = (
+        Side("2 processes × 1 thread", shared_updates, processes=2, threads=1),
+        Side("1 × 1", shared_updates, faster=1.3, threads=1),
+    )
+    moments = (
+        Side("2 processes × 1 thread", shared_moments, processes=2, threads=1),
+        Side("1 × 1", shared_moments, faster=1.7, tolerance=1e-12, threads=1),
+    )
+    work = f"{MNIST:,} digits, full batch, 20 updates by the formula"
+    return [
+        Row("processes", work, updates, "ms/update", digits=True),
+        Row("processes-moments", f"{MNIST:,} digits, their moments", moments, digits=True),
+    ]
+
+
+def full_batch(job: Job, rows: int, moments: bool, check: bool = False) -> Prepared:
+    """Ours: train and test loss at each update; by moments the pass over the bytes is timed."""
+    data = digits(job, rows, passes_per_epoch=UPDATES)
+    if not moments:
+        warm(data)
+
+    def run() -> Run:
+        model = ParityRegressor(lr=LR, moments=moments)
+        fit(model, data, job, *([GradientCheck()] if check else []), max_epochs=1)
+        return Run(weights(model.weight, model.bias), UPDATES)
+
+    return run
+
+
+def notebook(job: Job, rows: int) -> Prepared:
+    """All rows in every update; train and test loss from forward passes of their own."""
+    data = digits(job, rows)
+    (x, y), (x_test, y_test) = ((data.tables[p].x, data.tables[p].y) for p in ("train", "test"))
+
+    @torch.no_grad()
+    def run() -> Run:
+        w, b = torch.zeros(x.shape[1]), torch.zeros(())
+        losses: dict[str, list[float]] = {"train": [], "test": []}
+        for _ in range(UPDATES):
+            losses["train"].append((x @ w + b - y).square().mean().item())
+            losses["test"].append((x_test @ w + b - y_test).square().mean().item())
+            r = x @ w + b - y
+            w -= LR * (2 / len(y) * (r @ x))
+            b -= LR * (2 * r.mean())
+        return Run(weights(w, b), UPDATES)
+
+    return run
+
+
+class Clock(Callback):
+    """The time of the updates alone, until every loss is on its way to TensorBoard."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start."""
+        self.seconds = -time.perf_counter()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Stop."""
+        self.seconds += time.perf_counter()
+
+
+class Held(TensorDataModule):
+    """A table whose moments are taken once for all runs."""
+
+    held: Moments | None = None
+
+    def moments(self, part: str) -> Moments:
+        """Those of the only table."""
+        self.held = self.held or super().moments(part)
+        return self.held
+
+
+def moments_updates(job: Job, rows: int) -> Prepared:
+    """Updates from moments; the same thousand rows over and over, so that all sizes agree."""
+    x, y = random_bytes(1000)
+    times = rows // len(y)
+    data = Held(passes_per_epoch=MANY, test_every=0)
+    data.tables = {"train": Table(x.repeat(times, 1), y.repeat(times), *SCALINGS["standard"])}
+
+    def run() -> Run:
+        clock, model = Clock(), ParityRegressor(lr=1e-4, moments=True)
+        fit(model, data, job, clock, max_epochs=1)
+        return Run(weights(model.weight, model.bias), MANY, clock.seconds)
+
+    return run
+
+
+def shared_updates(job: Job) -> Prepared:
+    """Updates by the formula, their rows shared by the processes that there are."""
+    data = digits(job, MNIST, passes_per_epoch=20, test_every=0)
+    warm(data)
+
+    def run() -> Run:
+        model = fit(ParityRegressor(lr=LR), data, job, max_epochs=1)
+        return Run(weights(model.weight, model.bias), 20)
+
+    return run
+
+
+def shared_moments(job: Job) -> Prepared:
+    """The moments of all rows, shared by the processes that there are."""
+    table = digits(job, MNIST).tables["train"]
+    rank = torch.distributed.get_rank() if world_size() > 1 else 0
+
+    def run() -> Run:
+        return Run(flat(table.moments(rank, world_size()).reduce(reduce_sum)))
+
+    return run
