@@ -14,6 +14,8 @@ import worlds
 # updates keep it below 1e-12 of weights of order 1.
 CLOSE = {"rtol": 0, "atol": 1e-12}
 
+WORLDS = [2, pytest.param(3, marks=pytest.mark.slow), 4]  # on two cores each takes its time
+
 
 @pytest.fixture(scope="session")
 def ends_of(tmp_path_factory):
@@ -47,7 +49,7 @@ def launch(world, command, timeout=240, **env):
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", worlds.CASES)
 def test_the_same_weights_in_every_world(ends_of, world, case):
     assert_same(ends_of(1), ends_of(world), case)
@@ -62,7 +64,7 @@ def assert_same(ends_alone, processes, case):
         assert torch.equal(process[case]["weights"], processes[0][case]["weights"])
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_without_the_reduction_the_processes_part(ends_of, world):
     assert_parted(ends_of(1), ends_of(world))
 
@@ -76,7 +78,7 @@ def assert_parted(ends_alone, processes):
         assert (process[name]["weights"] - alone[name]["weights"]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, *WORLDS])
 def test_the_gradient_check_names_mistakes_on_every_process(ends_of, world):
     assert_mistakes_found(ends_of(world), world)
 

@@ -61,6 +61,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel):
     assert any(name.startswith("lightning_gd/notebooks/lessons/") for name in held)
 
 
+@pytest.mark.slow
 def test_the_console_script_trains_in_an_empty_folder(installed, elsewhere, tmp_path):
     command = [installed / "bin" / "lightning-gd", "--config", "parity"]
     printed = call(

@@ -68,11 +68,14 @@ def run(command, folder):
     return done
 
 
+@pytest.mark.slow  # a process each; what they do is tested closer by, and quicker, too
 @pytest.mark.parametrize("command", REST)
 def test_commands(command, folder):
     if "$MNIST_ROOT" in command and "MNIST_ROOT" not in os.environ:
         pytest.skip("MNIST_ROOT is not set: this command reads the full MNIST")
     words = shlex.split(os.path.expandvars(command))
+    if "last" in words:  # it goes on with the run of the command before
+        run([sys.executable, *shlex.split(REST[REST.index(command) - 1])[1:]], folder)
     if "scripts/predict.py" in words:  # it reads the run of the README's first command
         run([sys.executable, "scripts/train.py", "--trainer.max_steps", "20"], folder)
     assert words[0] == "python"
