@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_gd.batch import Batch
-    from lightning_gd.checkpoints import load
     from lightning_gd.data.mnist import MNISTParityData
     from lightning_gd.data.points import PointsData
     from lightning_gd.data.table import TableData
     from lightning_gd.data.tensors import TensorDataModule
+    from lightning_gd.loading import load
     from lightning_gd.models.linear import LinearRegression
     from lightning_gd.models.logistic import LogisticParity
     from lightning_gd.models.mlp import ParityMLP
@@ -34,7 +34,7 @@ _HOMES = {
     "RidgeRegression": "models.ridge",
     "TableData": "data.table",
     "TensorDataModule": "data.tensors",
-    "load": "checkpoints",
+    "load": "loading",
 }
 
 __all__ = [

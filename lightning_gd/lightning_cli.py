@@ -6,12 +6,13 @@ import importlib
 import inspect
 import logging
 import pkgutil
-import signal
 import sys
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from pydoc import locate
+from subprocess import TimeoutExpired
 from typing import Any
 
 import torch.distributed as dist
@@ -31,9 +32,10 @@ from lightning_gd.callbacks.pictures import Pictures
 from lightning_gd.callbacks.predictions import Predictions
 from lightning_gd.callbacks.progress import UpdateProgressBar
 from lightning_gd.callbacks.report import EndTable
-from lightning_gd.checkpoints import OURS, RunCheckpoint, check_class, check_shapes, read
+from lightning_gd.checkpoints import RunCheckpoint
 from lightning_gd.data.tensors import TensorDataModule
 from lightning_gd.distributed import world_size
+from lightning_gd.loading import OURS, check_class, check_shapes, read
 from lightning_gd.logger import RunLogger
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.refusals import check_precision, number
@@ -190,8 +192,12 @@ class CommandLine(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except BaseException:
+            if world_size() > 1 and dist.get_backend() == "gloo":
+                dist.destroy_process_group()  # the others hear of it now, not seconds later
             for process in getattr(self.trainer.strategy.launcher, "procs", []):
-                process.send_signal(signal.SIGKILL)
+                with suppress(TimeoutExpired):
+                    process.wait(2)  # time to say what happened to it
+                process.kill()
             raise
 
     def before_fit(self) -> None:
@@ -240,9 +246,7 @@ def run() -> None:
         warnings.filterwarnings("ignore", message=message)
     try:
         CommandLine()
-    except BaseException as error:
-        if world_size() > 1 and dist.get_backend() == "gloo":
-            dist.destroy_process_group()  # the others hear of it now, not seconds later
+    except Exception as error:
         if type(error).__name__.startswith("Dist") or "gloo" in str(error):
             raise RuntimeError(_lost(str(error))) from error
         raise

@@ -18,6 +18,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
 )
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
+from lightning_gd.events import framed
+
 # TensorBoard shows five columns of settings at first: these.
 SHOWN = ("batch_size", "gradient", "lr", "momentum", "start")
 
@@ -45,12 +47,14 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_only
     def log_points(self, points: list[tuple[int, dict[str, float]]]) -> None:
         """Write `(step, {tag: value})`, all values of a step in one event."""
-        writer, now = self.experiment._get_file_writer(), time.time()
+        now, events = time.time(), []
         for step, values in points:
             tags = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-            writer.event_writer.add_event(
-                Event(summary=Summary(value=tags), step=step, wall_time=now)
-            )
+            event = Event(summary=Summary(value=tags), step=step, wall_time=now)
+            events.append(event.SerializeToString())
+        writer = self.experiment._get_file_writer().event_writer
+        writer.flush()  # what was added before comes first
+        writer._async_writer._writer._writer.write(framed(events))
 
     def events(self) -> dict[str, int]:
         """Flush, and tell the files of this run's events and their sizes in bytes."""

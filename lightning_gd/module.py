@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -14,10 +15,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_gd.batch import Batch
 from lightning_gd.blocks import BlockSchedule
-from lightning_gd.checkpoints import SafeCheckpointIO, check_class, read, stamp
+from lightning_gd.checkpoints import SafeCheckpointIO
+from lightning_gd.curves import Curves
 from lightning_gd.distributed import RowMean, reduce_sum, world_size
 from lightning_gd.evaluation import EvaluatedModule
 from lightning_gd.leastsquares import LeastSquares
+from lightning_gd.loading import check_class, read, stamp
 from lightning_gd.moments import Moments
 from lightning_gd.optimizers import build_optimizer, build_scheduler, needs_metric
 from lightning_gd.refusals import DivergenceError, check_settings, check_trainer, check_width
@@ -260,6 +263,8 @@ class GradientDescentModule(EvaluatedModule):
         optimizer: Any = self.optimizers()
         step, losses, rows = self.trainer.global_step, [], []
         scheduled = bool(self.trainer.lr_scheduler_configs)
+        # A callback that has this hook gets blocks that begin with what it wants to see.
+        hooked = is_overridden("on_before_optimizer_step", self)
         due = self._updates_due(batch.sizes.updates)
         for (x, y, total), update in zip(batch.shares(), due, strict=True):
             if self._train is None:
@@ -276,7 +281,12 @@ class GradientDescentModule(EvaluatedModule):
             test = gradients[len(self._trained) :]
             norm = self.clip(self._trained)
             self._record(step, loss, norm, test, scheduled)
-            optimizer.step()
+            if losses and not hooked:  # counted as by Lightning, without asking for hooks again
+                optimizer._on_before_step()
+                optimizer.optimizer.step()
+                optimizer._on_after_step()
+            else:
+                optimizer.step()
             if scheduled:
                 self._step_schedulers("step", loss)
             step += 1
@@ -393,7 +403,7 @@ class GradientDescentModule(EvaluatedModule):
         self.curves.record(step, values)
 
     def _finish(self, first: int, losses: list[Tensor], rows: list[int]) -> None:
-        """Close a block whose first update had the number `first`: keep the epoch's mean, show the last loss, write full curves."""
+        """Close a block from update `first` on: keep the epoch's mean, write full curves."""
         stacked = torch.stack(losses)
         self._stop_if_diverged(first, stacked)
         self._epoch_loss[0] += (stacked * torch.tensor(rows).to(stacked)).sum()
@@ -448,7 +458,7 @@ class GradientDescentModule(EvaluatedModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model leaves the data of its run behind."""
-        run = {"_test": None, "_train": None, "_squares": None}
+        run = {"_test": None, "_train": None, "_squares": None, "curves": Curves()}
         return {**super().__getstate__(), **run}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

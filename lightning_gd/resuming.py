@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_gd.checkpoints import OURS, check_class, check_shapes, class_name
+from lightning_gd.loading import OURS, check_class, check_shapes, class_name
 from lightning_gd.optimizers import build_optimizer
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_gd.checkpoints import load, read
 from lightning_gd.data.mnist import SCALINGS
 from lightning_gd.images import SIDE
+from lightning_gd.loading import load, read
 
 Scorer = Callable[[Sequence[NDArray[np.uint8]]], list[float]]
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ DESCRIPTION = """\
 Measures this package, bare loops, plain Lightning, scikit-learn and torch on the same work:
 each side in its own process, in turns, several rounds. A row whose sides do not end in the
 same result is refused. Takes about 8 minutes on 2 cores, with --quick about one."""
-EPILOG = "exit status: 0 all measured or skipped, 1 a row was refused, 2 wrong arguments"
+EPILOG = "exit status: 0 measured or skipped, 1 a row was refused, 2 wrong arguments, 130 stopped"
 FETCH = (
     'needs the full MNIST: python -c "from lightning_gd import MNISTParityData; '
     "MNISTParityData('torchvision', root='data').prepare_data()\", then --data-root data"
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         plain = {"head": head, "rows": [report.plain(outcome) for outcome in outcomes]}
         arguments.json.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+    if len(outcomes) < len(chosen):
+        return 130
     return 1 if any(outcome.refused for outcome in outcomes) else 0
 
 
@@ -103,14 +106,17 @@ def _measured(chosen: list[Row], arguments: argparse.Namespace) -> list[Outcome]
     ):
         job = Job(arguments.data_root, folder)
         task = progress.add_task("", total=len(chosen))
-        for i, row in enumerate(chosen):
-            progress.update(task, description=row.name, completed=i)
-            step = 1 / (len(row.sides) * arguments.repeats)
-            tick = lambda: progress.update(task, advance=step)  # noqa: B023, E731
-            if row.digits and not there:
-                outcomes.append(Outcome(row, skipped=FETCH))
-            else:
+        try:
+            for i, row in enumerate(chosen):
+                progress.update(task, description=row.name, completed=i)
+                if row.digits and not there:
+                    outcomes.append(Outcome(row, skipped=FETCH))
+                    continue
+                step = 1 / (len(row.sides) * arguments.repeats)
+                tick = partial(progress.update, task, advance=step)
                 outcomes.append(measure(row, job, arguments.repeats, tick))
+        except KeyboardInterrupt:
+            pass  # what was measured so far is shown
     return outcomes
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import counted
 from killed import Forge, free_port
 
-from lightning_gd.checkpoints import read
+from lightning_gd.loading import read
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "scripts" / "train.py"
@@ -69,6 +70,11 @@ def forge(tmp_path_factory):
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", HOWS)
 def test_the_end_of_one_process_ends_the_others(forge, tmp_path, how, rank):
+    with counted("dead or hanging processes noticed"):
+        check_the_end(forge, tmp_path, how, rank)
+
+
+def check_the_end(forge, tmp_path, how, rank):
     run = forge.start(failing(tmp_path, how, rank, 4), world=2)
     mine, other = (dict(enumerate(run["pids"])).pop(r) for r in (rank, 1 - rank))
     (status,) = forge.wait({"pids": [other]})
@@ -96,6 +102,11 @@ LAUNCHERS = {
 @pytest.mark.parametrize("how", HOWS)
 def test_the_end_of_one_process_ends_the_job(tmp_path, launcher, how):
     """As a user starts it; torchrun gives a stopped process 30 s more to obey, then kills it."""
+    with counted("dead or hanging processes noticed"):
+        check_the_job(tmp_path, launcher, how)
+
+
+def check_the_job(tmp_path, launcher, how):
     log, timeout = tmp_path / "log", 30
     job = start([*LAUNCHERS[launcher], *failing(tmp_path, how, 1, timeout)], log)
     assert job.wait(timeout=120) != 0
@@ -112,13 +123,10 @@ def test_the_end_of_one_process_ends_the_job(tmp_path, launcher, how):
 
 
 def clean_exits(forge, tmp_path, tried):
-    statuses = [
-        forge.run(command(tmp_path / str(n), 2, "--trainer.max_steps", "30"), world=2)[0]
-        for n in range(tried)
-    ]
-    clean = sum(status == [0, 0] for status in statuses)
-    print(f"\nclean exits: {clean} of {tried} runs with 2 processes")
-    assert clean == tried, statuses
+    for n in range(tried):
+        with counted("clean exits of runs with 2 processes"):
+            words = command(tmp_path / str(n), 2, "--trainer.max_steps", "30")
+            assert forge.run(words, world=2)[0] == [0, 0]
 
 
 def test_runs_with_2_processes_end_cleanly(forge, tmp_path):
@@ -135,7 +143,9 @@ def test_20_runs_with_2_processes_end_cleanly(forge, tmp_path):
 def test_launched_runs_end_cleanly(tmp_path, launcher):
     for n in range(3):
         words = [*LAUNCHERS[launcher], *command(tmp_path / str(n), 2, "--trainer.max_steps", "30")]
-        assert start(words, tmp_path / "log").wait(timeout=120) == 0, (tmp_path / "log").read_text()
+        with counted("clean exits of runs with 2 processes"):
+            status = start(words, tmp_path / "log").wait(timeout=120)
+            assert status == 0, (tmp_path / "log").read_text()
 
 
 # Two nodes

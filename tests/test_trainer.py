@@ -276,3 +276,26 @@ def test_shapes_that_would_broadcast_are_refused(make_trainer):
     trainer = make_trainer(max_steps=1, limit_val_batches=0)
     with pytest.raises(ValueError, match=r"x \[4, 3\] and y \[4, 1\]"):
         trainer.fit(model_for(trainer), DataLoader(TensorDataset(x, y), batch_size=4))
+
+
+def test_points_written_at_once_are_read_back(tmp_path):
+    """TensorBoard verifies the checksums of the records that were framed together."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from lightning_gd.logger import RunLogger
+
+    logger = RunLogger(str(tmp_path))
+    points = [
+        (k, {"a": 0.5 * k, **({"long/name": -1.0 / (k + 1)} if k % 3 else {})}) for k in range(300)
+    ]
+    logger.log_points(points[:200])
+    logger.log_metrics({"b": 7.0}, 3)
+    logger.log_points(points[200:])
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir, {"scalars": 0}).Reload()
+    for tag in ("a", "long/name"):
+        read = [(point.step, point.value) for point in events.Scalars(tag)]
+        kept = [(step, values[tag]) for step, values in points if tag in values]
+        assert [step for step, _ in read] == [step for step, _ in kept]
+        assert [v for _, v in read] == pytest.approx([v for _, v in kept], rel=1e-7)  # float32
+    assert [point.value for point in events.Scalars("b")] == [7.0]

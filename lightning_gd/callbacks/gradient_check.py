@@ -66,9 +66,10 @@ class GradientCheck(Callback):
             data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
             batch = data.share("train")
             batch = batch._replace(x=batch.x.to(pl_module.device), y=batch.y.to(pl_module.device))
-        shares = list(batch.shares())
         # With accumulation the block is this one update.
-        self._shares = shares if pl_module.hparams["accumulate_grad_batches"] > 1 else shares[:1]
+        several = pl_module.hparams["accumulate_grad_batches"] > 1
+        shares = list(batch.shares()) if several else [next(batch.shares())]
+        self._shares = shares
         self._errors = {}
         if pl_module.hparams["gradient"] == "explicit":  # before it is used
             x, y, _ = shares[0]

@@ -194,8 +194,10 @@ def share(table: Table, rank: int, world: int) -> Batch:
     """All rows of this process as one update."""
     if world == 1:
         return whole(table.x, table.y)
-    mine = slice(rank, None, world)
-    return whole(table.x[mine].contiguous(), table.y[mine].contiguous(), total=len(table))
+    if rank >= len(table):  # more processes than rows
+        return whole(table.x[:0], table.y[:0], total=len(table))
+    own = table.part(slice(rank, None, world)).use(table.dtype)  # no other rows are normalised
+    return whole(own.x.contiguous(), own.y.contiguous(), total=len(table))
 
 
 def _check_finite(part: str, table: Table, targets: bool) -> None:

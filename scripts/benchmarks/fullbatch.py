@@ -49,11 +49,9 @@ def rows(quick: bool) -> list[Row]:
         Row("moments", work.format(n), large, "ms/update", digits=True),
         Row("formula-2000", work.format(SMALL), by_formula, "ms/update"),
         Row("moments-2000", work.format(SMALL), by_moments, "ms/update"),
-        Row(
-            "check-full", "the same by the formula, GradientCheck as shipped", checked, "ms/update"
-        ),
+        Row("check-full", "the same by the formula, shipped GradientCheck", checked, "ms/update"),
         _flat(10**5 if quick else 10**6),
-        *_processes(),
+        *_processes(20 if quick else 100),
     ]
 
 
@@ -69,18 +67,19 @@ def _flat(largest: int) -> Row:
     )
 
 
-def _processes() -> list[Row]:
-    updates = (
-        Side("2 processes × 1 thread", shared_updates, processes=2, threads=1),
-        Side("1 × 1", shared_updates, faster=1.3, threads=1),
+def _processes(count: int) -> list[Row]:
+    updates = partial(shared_updates, updates=count)
+    formula = (
+        Side("2 processes × 1 thread", updates, processes=2, threads=1),
+        Side("1 × 1", updates, faster=1.3, threads=1),
     )
     moments = (
         Side("2 processes × 1 thread", shared_moments, processes=2, threads=1),
         Side("1 × 1", shared_moments, faster=1.7, tolerance=1e-12, threads=1),
     )
-    work = f"{MNIST:,} digits, full batch, 20 updates by the formula"
+    work = f"{MNIST:,} digits, full batch, {count} updates by the formula"
     return [
-        Row("processes", work, updates, "ms/update", digits=True),
+        Row("processes", work, formula, "ms/update", digits=True),
         Row("processes-moments", f"{MNIST:,} digits, their moments", moments, digits=True),
     ]
 
@@ -157,14 +156,14 @@ def moments_updates(job: Job, rows: int) -> Prepared:
     return run
 
 
-def shared_updates(job: Job) -> Prepared:
+def shared_updates(job: Job, updates: int) -> Prepared:
     """Updates by the formula, their rows shared by the processes that there are."""
-    data = digits(job, MNIST, passes_per_epoch=20, test_every=0)
+    data = digits(job, MNIST, passes_per_epoch=updates, test_every=0)
     warm(data)
 
     def run() -> Run:
         model = fit(ParityRegressor(lr=LR), data, job, max_epochs=1)
-        return Run(weights(model.weight, model.bias), 20)
+        return Run(weights(model.weight, model.bias), updates)
 
     return run
 

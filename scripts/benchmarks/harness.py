@@ -14,7 +14,7 @@ from benchmarks.team import Job, Run, Side, Team
 
 LONG = 2.0  # seconds: a first run that takes longer needs no warm-up, and counts
 SHORT = 0.8  # seconds a round: a row that takes less goes on, up to four times the repeats
-BUDGET = 25.0  # seconds: a row that takes more stops after three rounds
+BUDGET = 5.0  # seconds a round: a row that takes more stops after half of the repeats
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def measure(row: Row, job: Job, repeats: int, tick: Callable[[], None] = lambda:
     Args:
         row: The row.
         job: What its sides are told.
-        repeats: Rounds; short rows get up to four times as many, long ones at least three.
+        repeats: Rounds; short rows get up to four times as many, long ones at least half.
         tick: Called after each run.
 
     Returns:
@@ -130,7 +130,7 @@ def _rounds(
 
 def _wanted(done: int, repeats: int, elapsed: float) -> bool:
     if done < repeats:
-        return elapsed < BUDGET or done < 3
+        return elapsed < BUDGET * repeats or done < (repeats + 1) // 2
     return elapsed < SHORT * repeats and done < 4 * repeats
 
 

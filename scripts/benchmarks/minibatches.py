@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from sklearn.linear_model import SGDRegressor
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, TensorDataset
-from torchvision import transforms
-from torchvision.datasets import MNIST as Pictures
 
 from benchmarks.fitting import MNIST, Prepared, accuracy, digits, fit, warm, weights
 from benchmarks.harness import Row
+from benchmarks.plain import (
+    BATCH,
+    LR,
+    lightning_tensors,
+    lightning_torchvision,
+    order,
+    plain_linear,
+    training_rows,
+)
 from benchmarks.team import Job, Run, Side
 from lightning_gd import GradientDescentModule, ParityRegressor
 from lightning_gd.callbacks.gradient_check import GradientCheck
 
-BATCH, LR = 64, 5e-4
 LIMIT, MOMENTUM, HUBER_LR = 0.5, 0.9, 0.01
 
 
@@ -64,8 +66,8 @@ def rows(quick: bool) -> list[Row]:
         "minibatch": work.format(MNIST),
         "lightning": work.format(few["rows"]),
         "huber": "the same with a user's formula (Huber), momentum, clipping",
-        "sgdregressor": f"{MNIST:,} digits, {size['epochs']} epochs, to the same accuracy",
-        "check-minibatch": f"{MNIST:,} digits, batches of 64, GradientCheck as shipped",
+        "sgdregressor": f"{MNIST:,} digits, epochs of SGD, to the same accuracy",
+        "check-minibatch": f"{MNIST:,} digits, batches of 64, shipped GradientCheck",
     }
     return [Row(name, works[name], s, "s/epoch", digits=True) for name, s in sides.items()]
 
@@ -123,18 +125,6 @@ def mini_batches(
     return run
 
 
-def order(rows: int, epoch: int) -> Tensor:
-    """The order of an epoch, the same for all sides: or they would not end in the same weights."""
-    source = np.random.SeedSequence(0, spawn_key=(epoch,))
-    return torch.from_numpy(np.random.default_rng(source).permutation(rows))
-
-
-def training_rows(job: Job, rows: int) -> tuple[Tensor, Tensor]:
-    """Training digits, normalised, and their targets."""
-    table = digits(job, rows).tables["train"]
-    return table.x, table.y
-
-
 def explicit_loop(job: Job, rows: int, epochs: int) -> Prepared:
     """The formula, updated in place; every loss is kept."""
     x, y = training_rows(job, rows)
@@ -188,7 +178,7 @@ def autograd_loop(job: Job, rows: int, epochs: int) -> Prepared:
     x, y = training_rows(job, rows)
 
     def run() -> Run:
-        model, losses = _linear(x.shape[1]), []
+        model, losses = plain_linear(x.shape[1]), []
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)
         for epoch in range(epochs):
             for index in order(rows, epoch).split(BATCH):
@@ -204,89 +194,16 @@ def autograd_loop(job: Job, rows: int, epochs: int) -> Prepared:
     return run
 
 
-def _linear(features: int) -> nn.Linear:
-    model = nn.Linear(features, 1)
-    nn.init.zeros_(model.weight)
-    nn.init.zeros_(model.bias)
-    return model
-
-
-class PlainLightning(LightningModule):
-    """The same regression in plain Lightning."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = _linear(784)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss, logged."""
-        x, y = batch
-        loss = nn.functional.mse_loss(self.linear(x.flatten(1)).squeeze(1), y)
-        self.log("train/loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain SGD."""
-        return torch.optim.SGD(self.parameters(), lr=LR)
-
-
-class Order(Sampler[int]):
-    """The order of the other sides, in place of `shuffle=True`."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows, self.epoch = rows, 0
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Iterator[int]:
-        self.epoch += 1
-        return iter(order(self.rows, self.epoch - 1).tolist())
-
-
-def lightning_tensors(job: Job, rows: int, epochs: int, every: int = 1) -> Prepared:
-    """Plain Lightning on a TensorDataset, with each `every`-th loss in TensorBoard."""
-    return _plain_fit(TensorDataset(*training_rows(job, rows)), job, rows, epochs, every)
-
-
-def lightning_torchvision(job: Job, rows: int, epochs: int) -> Prepared:
-    """Plain Lightning on torchvision's dataset with transforms."""
-    steps = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
-    pictures = Pictures(job.root, transform=transforms.Compose(steps), target_transform=_parity)
-    return _plain_fit(pictures, job, rows, epochs, every=1)
-
-
-def _parity(digit: int) -> Tensor:
-    return torch.tensor(2.0 * (digit % 2) - 1)
-
-
-def _plain_fit(dataset: Any, job: Job, rows: int, epochs: int, every: int) -> Prepared:
-    def run() -> Run:
-        model, loader = PlainLightning(), DataLoader(dataset, BATCH, sampler=Order(rows))
-        Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=epochs,
-            logger=TensorBoardLogger(tempfile.mkdtemp(dir=job.folder)),
-            log_every_n_steps=every,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(model, loader)
-        return Run(weights(model.linear.weight, model.linear.bias), epochs)
-
-    return run
-
-
 def sgd_regressor(job: Job, rows: int, epochs: int) -> Prepared:
     """scikit-learn's SGD, one row an update."""
     data = digits(job, rows)
     x, y = data.tables["train"].x.numpy(), data.tables["train"].y.numpy()
-    settings: dict[str, Any] = {"learning_rate": "constant", "eta0": 2e-5, "random_state": 0}
+    settings: dict[str, Any] = {"penalty": None, "tol": None, "random_state": 0}
+    settings |= {"learning_rate": "constant", "eta0": 2e-5, "max_iter": epochs}
 
     def run() -> Run:
         start = time.perf_counter()
-        model = SGDRegressor(penalty=None, max_iter=epochs, tol=None, **settings).fit(x, y)
+        model = SGDRegressor(**settings).fit(x, y)
         seconds = time.perf_counter() - start
         found = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)[0]
         return Run(accuracy(data, *found), epochs, seconds)

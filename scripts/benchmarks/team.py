@@ -69,7 +69,7 @@ class Side:
     prepare: Callable[[Job], Callable[[], Run]]
     at_most: float | None = None
     faster: float | None = None
-    tolerance: float = 1e-4
+    tolerance: float = 1e-5
     processes: int = 1
     threads: int | None = None
 
@@ -97,7 +97,11 @@ class Team:
             process.start()
             theirs.close()
             self.members.append((process, pipe))
-        self._answers()
+        try:
+            self._answers()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -153,7 +157,7 @@ def _serve(pipe: Any, side: Side, job: Job, rank: int, meeting: str) -> None:
             done = run()
             seconds = done.seconds or time.perf_counter() - start
             pipe.send(Run(done.result, done.units, seconds, done.memory or peak_bytes() - base))
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         return
     except Exception:
         pipe.send(traceback.format_exc(limit=-3))
