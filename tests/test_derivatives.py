@@ -94,24 +94,3 @@ def test_vjp_of_the_notebooks():
     (gradient,) = vjp(lambda x: (2 * (x + 2) ** 2).mean(), x, torch.tensor(1.0))
     # x is printed to four places: its gradient 4(x + 2)/3 to 1e-4.
     torch.testing.assert_close(gradient, torch.tensor([3.7465, 3.9461, 3.6984]), atol=1e-4, rtol=0)
-
-
-def test_a_hundred_times_faster_than_the_full_jacobian():
-    # 760 times when measured alone; a hundred leaves room for a busy machine.
-    x = torch.randn(1000, 3)
-
-    def f(x):
-        return cubic(*x.unbind(1))
-
-    fast, slow = seconds(lambda: per_sample_jacobian(f, x)), seconds(lambda: by_functional(f, x))
-    assert slow > 100 * fast
-
-
-def test_cost_is_linear_in_the_rows():
-    def cost(rows):
-        columns = [torch.randn(rows) for _ in range(3)]
-        return seconds(lambda: per_sample_jacobian(cubic, *columns))
-
-    cost(10)
-    # Ten times the rows: 10 if linear, 100 if quadratic.
-    assert cost(100_000) < 30 * cost(10_000)
