@@ -160,6 +160,7 @@ options that are often wanted:
   --model mypackage.MyModel      a model of your own
   --config table --data.path FILE --data.target COLUMN
                                  a table of your own
+  --ckpt_path last               go on with the last run of the experiment
   --traceback                    show where an error came from
 
 All options: train.py fit --help"""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_gd import ParityRegressor, distributed
+from lightning_gd import ParityMLP, ParityRegressor, distributed
 from lightning_gd.callbacks.gradient_check import GradientCheck
 from lightning_gd.data.tensors import Table, TensorDataModule
 from lightning_gd.gradcheck import GradientError
@@ -38,6 +38,8 @@ MINI = {"batch_size": 8, "seed": 4}
 TINY = {"batch_size": 3, "num_val": 2}  # 39 rows
 LAST = {"batch_size": 10}  # the last batch has one row: most shares are empty
 
+HIDDEN = {"model_class": ParityMLP, "hidden": 5, "activation": "tanh", "momentum": 0.9}
+
 CASES = {
     "explicit full": (FULL, {"momentum": 0.9}),
     "autograd full": (FULL, {"momentum": 0.9, "gradient": "autograd"}),
@@ -57,6 +59,8 @@ CASES = {
     ),
     "moments": (FULL, {"moments": True, "momentum": 0.9}),
     "moments auto": (FULL, {"moments": True, "lr": "auto"}),
+    "hidden layer": (MINI, HIDDEN),
+    "hidden layer, autograd": (MINI, {**HIDDEN, "gradient": "autograd"}),
     "explicit accumulate": (MINI, {"accumulate_grad_batches": 2, "momentum": 0.5}),
 }
 
@@ -81,8 +85,12 @@ def make_trainer(**settings):
 def run(data, settings):
     """Train one case and evaluate it: weights, metrics and the last training loss."""
     trainer = make_trainer()
+    settings = {"model_class": ParityRegressor, "num_features": 6, "lr": 0.03, **settings}
+    model_class = settings.pop("model_class")
+    if model_class is ParityRegressor:
+        settings["start"] = "uniform"
     with trainer.init_module():
-        model = ParityRegressor(num_features=6, start="uniform", **{"lr": 0.03, **settings})
+        model = model_class(**settings)
     rows = OddRows(**data)
     trainer.fit(model, datamodule=rows)
     assert trainer.global_step == UPDATES
