@@ -99,7 +99,8 @@ class RunCheckpoint(ModelCheckpoint):
         self.monitor = "val/loss" if trainer.enable_validation else "train/loss"
         self._validated, self._saved = -1, 0
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.dirpath and not trainer.fast_dev_run and trainer.is_global_zero:
+        trial: Any = getattr(trainer, "fast_dev_run", False)  # which writes nothing
+        if stage == "fit" and self.dirpath and not trial and trainer.is_global_zero:
             Path(self.dirpath).mkdir(parents=True, exist_ok=True)  # now, not after the updates
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
