@@ -89,8 +89,8 @@ class EvaluatedModule(LightningModule):
         if len(y) == 0:
             return
         predictions = self(x)
-        for metric in self._evaluation.values():
-            if isinstance(metric, MeanMetric):
+        for name, metric in self._evaluation.items():
+            if name == "loss" and isinstance(metric, MeanMetric):
                 metric.update(self.loss(x, y), len(y))
             else:
                 metric.update(predictions, y)

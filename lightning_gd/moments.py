@@ -281,11 +281,6 @@ class Moments:
         return torch.dot(delta, torch.mv(self.cov_xx, delta)) + error.square()
 
 
-def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of the rows of ``a`` and ``b`` together; either may be empty."""
-    return a + b
-
-
 @dataclass
 class _Sums:
     """Running sums over shifted rows, float64; of ``xx`` only the upper triangle is kept."""

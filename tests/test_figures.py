@@ -183,10 +183,8 @@ def test_a_fit_of_points_draws_curves_and_lines(make_trainer, tmp_path, gradient
 class Digits(TensorDataModule):
     def load(self):
         pixels, target, _, labels = digits()
-        table = Table(
-            torch.tensor(pixels, dtype=torch.uint8), torch.tensor(target).float(), 1 / 255
-        )
-        setattr(table, "labels", torch.tensor(labels))  # noqa: B010 (unknown to type checkers)
+        raw, y = torch.tensor(pixels, dtype=torch.uint8), torch.tensor(target).float()
+        table = Table(raw, y, 1 / 255, labels=torch.tensor(labels))
         return {"train": table, "test": table}
 
 

@@ -20,7 +20,7 @@ from test_moments import noisy
 
 from lightning_gd import GradientDescentModule, LinearRegression, ParityMLP
 from lightning_gd.data.tensors import GlobalBatches
-from lightning_gd.moments import Moments, merge
+from lightning_gd.moments import Moments
 
 pytestmark = pytest.mark.filterwarnings(LIGHTNINGS)
 PROPERTIES = {}  # name: the check, what it draws, and how many cases
@@ -159,7 +159,7 @@ def moments_of_parts_add_up(n, size, seed, offset, cuts):
     x, edges = x + offset, [0, *sorted(min(cut, n) for cut in cuts), n]
     total = Moments.zero(size)
     for first, last in zip(edges, edges[1:], strict=False):
-        total = merge(total, Moments.of(x[first:last], y[first:last]))
+        total = total + Moments.of(x[first:last], y[first:last])
     whole = Moments.of(x, y)
     assert total.n == whole.n == n
     # An offset of 1e6 leaves 1e-10 of rounding in the means, whose differences are squared.

@@ -170,7 +170,7 @@ class Pictures(Callback):
 
         if table is None or table.raw.shape[1:] != (784,) or not (table.y.abs() == 1).all():
             return {}
-        scores, y, labels = _predict(pl_module, table.x), table.y, getattr(table, "labels", None)
+        scores, y, labels = _predict(pl_module, table.x), table.y, table.labels
         drawn = {
             "wrong_digits": figures.wrong_digits(
                 table.raw.numpy(), y.numpy(), scores.numpy(), labels, self.worst
