@@ -1,59 +1,41 @@
 """Gradient descent with hand-derived gradients in PyTorch Lightning.
 
-Names are imported when first used, so that `--help` need not wait for Lightning.
+Every public class and function of the modules below is a name of this package, found by its
+file: a new model, data or callback is exported because it is there. A name is imported when it
+is first used, so that `--help` need not wait for Lightning.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+import re
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from lightning_gd.batch import Batch
-    from lightning_gd.data.mnist import MNISTParityData
-    from lightning_gd.data.points import PointsData
-    from lightning_gd.data.table import TableData
-    from lightning_gd.data.tensors import TensorDataModule
-    from lightning_gd.loading import load
-    from lightning_gd.models.linear import LinearRegression
-    from lightning_gd.models.logistic import LogisticParity
-    from lightning_gd.models.mlp import ParityMLP
-    from lightning_gd.models.parity import ParityRegressor
-    from lightning_gd.models.ridge import RidgeRegression
-    from lightning_gd.module import GradientDescentModule
+__version__ = "0.2.0"
 
-_HOMES = {
-    "Batch": "batch",
-    "GradientDescentModule": "module",
-    "LinearRegression": "models.linear",
-    "LogisticParity": "models.logistic",
-    "MNISTParityData": "data.mnist",
-    "ParityMLP": "models.mlp",
-    "ParityRegressor": "models.parity",
-    "PointsData": "data.points",
-    "RidgeRegression": "models.ridge",
-    "TableData": "data.table",
-    "TensorDataModule": "data.tensors",
-    "load": "loading",
-}
-
-__all__ = [
-    "Batch",
-    "GradientDescentModule",
-    "LinearRegression",
-    "LogisticParity",
-    "MNISTParityData",
-    "ParityMLP",
-    "ParityRegressor",
-    "PointsData",
-    "RidgeRegression",
-    "TableData",
-    "TensorDataModule",
-    "load",
-]
+_PLACES = (
+    "module.py batch.py moments.py curvature.py leastsquares.py checkpoints.py resume.py logger.py "
+    "gradcheck/*.py models/*.py data/*.py callbacks/*.py"
+)
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lightning_gd' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"lightning_gd.{_HOMES[name]}"), name)
+def _names() -> dict[str, str]:
+    """Return the dotted module of every public name."""
+    root, found = Path(__file__).parent, {}
+    for file in (file for place in _PLACES.split() for file in sorted(root.glob(place))):
+        module = ".".join([__name__, *file.relative_to(root).with_suffix("").parts])
+        for name in re.findall(r"^(?:class|def) ([a-zA-Z]\w*)", file.read_text("utf-8"), re.M):
+            found.setdefault(name, module)
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    module = None if name.startswith("_") else _names().get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_names())

@@ -1,70 +1,148 @@
-"""The one batch type: rows of this process, and which updates they belong to."""
+"""What a model is asked about: batches of any structure, and several of them per step."""
 
-from __future__ import annotations
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, Protocol, runtime_checkable
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
-
+import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+BASIS = ("forward", "loss", "gradients")  # the methods that shortcuts of a model rest on
 
-class Sizes:
-    """How the rows of a batch divide into updates.
 
-    A plain object, not a tuple: Lightning walks through tuples when it moves a batch.
+class Batch:
+    """Local rows of one batch, with the questions that a model answers about them."""
 
-    Args:
-        local: Rows of this process, one number an update; 0 is an empty share.
-        total: Rows of all processes together, one number an update.
-        passes: How often the same updates are made (full batch: one update, `passes` times).
-        rows: Where each update's rows lie in the batch; `None`: they follow one another.
-    """
+    def loss(self, model: Any) -> Tensor:
+        """Return the loss of `model`, the mean over these rows, shape []."""
+        raise NotImplementedError
 
-    __slots__ = ("local", "passes", "rows", "total")
+    def loss_and_gradients(self, model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and the explicit gradient of each parameter, by name."""
+        raise NotImplementedError
 
-    def __init__(
-        self,
-        local: list[int],
-        total: list[int],
-        passes: int = 1,
-        rows: Sequence[Tensor] | None = None,
-    ) -> None:
-        self.local, self.total, self.passes, self.rows = local, total, passes, rows
+    def rows(self, model: Any) -> float:
+        """Return the number of local rows, the weight of this batch in a mean over processes."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return this batch on another device."""
+        raise NotImplementedError
+
+
+class DataBatch(Batch):
+    """What a DataLoader yields: `loss(*tuple)`, `loss(**dict)` or `loss(tensor)`."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def loss(self, model: Any) -> Tensor:
+        return call(model.loss, self.content)
+
+    def loss_and_gradients(self, model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        if is_current(type(model), "loss_and_gradients"):
+            return call(model.loss_and_gradients, self.content)
+        return call(model.loss, self.content), call(model.gradients, self.content)
+
+    def rows(self, model: Any) -> float:
+        return model.rows(self.content)
+
+    def to(self, device: torch.device | str) -> "DataBatch":
+        return DataBatch(move_data_to_device(self.content, torch.device(device)))
+
+
+class Updates:
+    """The batches of one `training_step` that makes several updates, in order."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def to(self, device: torch.device | str) -> "Updates":
+        """Move all batches to a device; one that occurs several times is moved once."""
+        moved = {id(batch): batch for batch in self.batches}
+        moved = {key: move_data_to_device(b, torch.device(device)) for key, b in moved.items()}
+        return Updates([moved[id(batch)] for batch in self.batches])
+
+
+@runtime_checkable
+class TakesUpdates(Protocol):
+    """What a DataModule asks of the model that it feeds."""
 
     @property
-    def updates(self) -> int:
-        """The number of updates in the block."""
-        return len(self.local) * self.passes
+    def several_updates(self) -> bool:
+        """Whether `training_step` makes one update for each batch of an `Updates`."""
+        ...
+
+    @property
+    def batches_per_update(self) -> int:
+        """The number of batches whose gradients are accumulated per update."""
+        ...
 
 
-class Batch(NamedTuple):
-    """The rows of one block of updates.
+@runtime_checkable
+class GivesUpdates(Protocol):
+    """What a model and its callbacks ask of the DataModule that feeds them."""
 
-    Attributes:
-        x: Inputs of this process, shape [n, ...].
-        y: Targets of this process, shape [n].
-        sizes: How the rows divide into updates.
+    updates_per_step: int
+
+    @property
+    def full_batch(self) -> bool:
+        """Whether every update sees all training rows."""
+        ...
+
+
+@runtime_checkable
+class CountsUpdates(Protocol):
+    """What a run asks of the loader that feeds it."""
+
+    def updates_in_epoch(self) -> int | None:
+        """Return the number of updates made in this epoch, 0 after the last; None: unknown."""
+        ...
+
+
+def batches_of(content: Any) -> Updates:
+    """Return the batches of one `training_step`, whatever the loader yielded."""
+    return content if isinstance(content, Updates) else Updates([content])
+
+
+def as_batch(content: Any) -> Batch:
+    """Wrap what a DataLoader yields; a `Batch` is returned as it is."""
+    return content if isinstance(content, Batch) else DataBatch(content)
+
+
+def call(function: Callable[..., Any], content: Any) -> Any:
+    """Call `function(*content)`, `function(**content)` or `function(content)` by its type."""
+    if isinstance(content, (tuple, list)):
+        return function(*content)
+    return function(**content) if isinstance(content, Mapping) else function(content)
+
+
+def tensors(content: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a batch, in order, through tuples, lists and dicts."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, (tuple, list, Mapping)):
+        for part in content.values() if isinstance(content, Mapping) else content:
+            yield from tensors(part)
+
+
+@cache
+def is_current(cls: type, name: str, basis: tuple[str, ...] = BASIS) -> bool:
+    """Tell whether method `name` still belongs to the formulas of `cls`.
+
+    A class that overrides one of `basis` does not inherit a shortcut written for the old
+    formulas: `name` must be defined in that class or below it.
     """
-
-    x: Tensor
-    y: Tensor
-    sizes: Sizes
-
-    def shares(self) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Yield `(x, y, rows over all processes)` for each update, in order."""
-        x, y, sizes = self.x, self.y, self.sizes
-        if sizes.rows is not None:  # gathered one by one: each update's rows stay in the cache
-            for rows, total in zip(sizes.rows, sizes.total, strict=True):
-                yield x.index_select(0, rows), y.index_select(0, rows), total
-            return
-        parts = [(x, y, sizes.total[0])]
-        if len(sizes.local) > 1:
-            split = x.split(sizes.local), y.split(sizes.local), sizes.total
-            parts = list(zip(*split, strict=True))
-        for _ in range(sizes.passes):
-            yield from parts
-
-
-def whole(x: Tensor, y: Tensor, total: int | None = None) -> Batch:
-    """One update over all rows given; `total` counts those of the other processes too."""
-    return Batch(x, y, Sizes([len(y)], [len(y) if total is None else total]))
+    for ancestor in cls.__mro__:
+        if name in vars(ancestor):
+            return True
+        if any(method in vars(ancestor) for method in basis):
+            return False
+    return False

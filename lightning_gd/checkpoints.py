@@ -1,37 +1,137 @@
-"""Checkpoints of a run: written whole or not at all, the best and the last."""
-
-from __future__ import annotations
+"""Checkpoint files: written whole or not at all, and loaded without running code in them."""
 
 import io
 import os
+import pickle
+import re
+import zipfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule
 
-from lightning_gd.loading import local, read
-from lightning_gd.refusals import whole_number
+FORMAT = 2  # of what this version adds to a checkpoint; another number is refused
+OURS = "lightning_gd"  # the key of it
+
+
+def local(path: str | os.PathLike[str]) -> str:
+    """Return the path; raise ValueError if it is a URL."""
+    if "://" in str(path):
+        raise ValueError(f"checkpoint {path} is a URL: only local files are written and loaded")
+    return str(path)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load a checkpoint of this package, tensors and plain values only, to the CPU.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        ValueError: If it is a URL, holds code, is damaged, or was not written by this version.
+    """
+    file = Path(local(path))
+    if not file.is_file():
+        raise FileNotFoundError(f"checkpoint {path}: there is no such file")
+    checkpoint = _loaded(file)
+    ours = checkpoint.get(OURS) if isinstance(checkpoint, dict) else None
+    if not isinstance(ours, dict):
+        raise ValueError(f"checkpoint {path} is refused: it was not written by {OURS}")
+    if ours.get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint {path} is refused: it has format {ours.get('format')} of {OURS} "
+            f"{ours.get('version')}, and this is {OURS} {version(OURS)}, which reads {FORMAT}"
+        )
+    return checkpoint
+
+
+def _loaded(file: Path) -> Any:
+    reason = "it is damaged, cut off, or no checkpoint at all"
+    with file.open("rb") as opened:  # a path would choose the format by its ending
+        try:
+            if zipfile.ZipFile(opened).testzip():  # torch does not verify the checksums
+                raise zipfile.BadZipFile
+            opened.seek(0)
+            return torch.load(opened, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes raise errors of many types
+            code = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if code and isinstance(error, pickle.UnpicklingError):
+                reason = f"to load it would run {code[1]}; only tensors and plain values are loaded"
+            # An OSError as the cause would read as a failure of the disk.
+            cause = None if isinstance(error, OSError) else error
+            raise ValueError(f"checkpoint {file} is refused: {reason}") from cause
+
+
+def class_name(cls: type) -> str:
+    """Return the dotted path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def check_class(checkpoint: dict[str, Any], cls: type) -> None:
+    """Raise ValueError, naming both classes, if a checkpoint is of another model."""
+    theirs, mine = str(checkpoint[OURS].get("model")), class_name(cls)
+    if theirs.replace("__main__.", f"{cls.__module__}.") != mine:  # a script has no other name
+        raise ValueError(f"the checkpoint is of {theirs}, the model is {mine}: they must be one")
+
+
+def check_shapes(checkpoint: dict[str, Any], model: torch.nn.Module) -> None:
+    """Raise ValueError, naming the first difference, for other parameter names or shapes."""
+    theirs, mine = checkpoint.get("state_dict", {}), model.state_dict()
+    for name in [*mine, *theirs]:
+        there, here = (list(d[name].shape) if name in d else "absent" for d in (theirs, mine))
+        if there != here:
+            raise ValueError(
+                f"parameter {name!r} is {there} in the checkpoint, {here} in the model"
+            )
+
+
+def settings_of(checkpoint: dict[str, Any], key: str = "hyper_parameters") -> dict[str, Any]:
+    """Return the arguments of the model or the data in a checkpoint, which are plain values.
+
+    Raises:
+        ValueError: If one names a class: a checkpoint must not choose what is imported.
+    """
+    found = {k: v for k, v in checkpoint.get(key, {}).items() if not k.startswith("_")}
+    if "class_path" in _keys(found):
+        raise ValueError(
+            "the checkpoint is refused: its settings hold a class_path; only plain values are "
+            "accepted"
+        )
+    return found
+
+
+def _keys(value: Any) -> set[str]:
+    """Return the keys of all dicts in a value."""
+    if isinstance(value, dict):
+        return {*value, *_keys(list(value.values()))}
+    return {key for part in value for key in _keys(part)} if isinstance(value, list) else set()
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Writes a checkpoint beside its target, syncs and renames it; loads by `read`."""
+    """Writes a checkpoint beside its target, syncs and renames it; loads by `read`.
+
+    Args:
+        model: The model that the checkpoints are of; others are refused when loading.
+    """
+
+    def __init__(self, model: LightningModule) -> None:
+        self.model = model
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write the file, or leave the one that is there untouched.
+        """Write the file, or leave the existing one untouched.
 
         Raises:
             OSError: If the disk is full, or the folder cannot be written.
         """
         target, buffer = Path(local(path)), io.BytesIO()
-        # No other process writes this name, and what a killed one left of it is written over.
+        # Only this process writes this name; what a killed one left of it is written over.
         partial = target.with_name(f".{target.name}.partial")
-        torch.save(checkpoint, buffer)
+        torch.save(self._stamped(checkpoint), buffer)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
@@ -42,7 +142,7 @@ class SafeCheckpointIO(CheckpointIO):
             _sync_folder(target.parent)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            kept = "the one before it is untouched" if target.exists() else "there is none yet"
+            kept = "the previous one is untouched" if target.exists() else "there is none yet"
             raise OSError(f"checkpoint {target} was not written: {error}; {kept}") from error
 
     def load_checkpoint(
@@ -51,16 +151,27 @@ class SafeCheckpointIO(CheckpointIO):
         map_location: Callable | None = None,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Load to the CPU; `weights_only` is not asked, nothing else is ever loaded."""
-        return read(path)
+        """Load to the CPU, tensors and plain values only; check class and shapes."""
+        checkpoint = read(path)
+        check_class(checkpoint, type(self.model))
+        check_shapes(checkpoint, self.model)
+        return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove the file, if it is there."""
+        """Remove the file, if it exists."""
         Path(path).unlink(missing_ok=True)
+
+    def _stamped(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Add the format, the version and the classes, and keep the settings plain."""
+        parts = {"hyper_parameters", "datamodule_hyper_parameters"} & checkpoint.keys()
+        data = getattr(self.model.trainer, "datamodule", None)
+        ours = {"format": FORMAT, "version": version(OURS)}
+        ours |= {"model": class_name(type(self.model)), "data": class_name(type(data))}
+        return {**checkpoint, **{part: _plain(checkpoint[part]) for part in parts}, OURS: ours}
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last; a system that cannot open folders does it by itself."""
+    """Flush the directory so that the rename survives a crash (POSIX only)."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -69,86 +180,16 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-class RunCheckpoint(ModelCheckpoint):
-    """Keeps the best and the last checkpoint of a run: `best.ckpt`, `last.ckpt`.
-
-    The best is that of the lowest `val/loss` where a validation part exists, looked at after
-    each validation, else of the lowest `train/loss` of an epoch; test data are never looked at.
-
-    Args:
-        dirpath: Folder; null for `checkpoints` in that of the run.
-        every_n_updates: Save the last after every so many updates; null: at the end of each
-            epoch.
-    """
-
-    def __init__(self, dirpath: str | None = None, every_n_updates: int | None = None) -> None:
-        whole_number("every_n_updates", every_n_updates, 1, optional=True)
-        super().__init__(
-            dirpath=dirpath,
-            filename="best",
-            mode="min",
-            save_last=True,
-            every_n_epochs=1,
-            enable_version_counter=False,  # one name each, which is replaced as a whole
-        )
-        self.every_n_updates = every_n_updates
-        self._validated, self._saved = -1, 0  # at which update
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose what to watch, now that the data are known."""
-        self.monitor = "val/loss" if trainer.enable_validation else "train/loss"
-        self._validated, self._saved = -1, 0
-        super().setup(trainer, pl_module, stage)
-        trial: Any = getattr(trainer, "fast_dev_run", False)  # which writes nothing
-        if stage == "fit" and self.dirpath and not trial and trainer.is_global_zero:
-            Path(self.dirpath).mkdir(parents=True, exist_ok=True)  # now, not after the updates
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Save the last in the midst of an epoch; its end, or a validation, comes first."""
-        loop = trainer.fit_loop.epoch_loop
-        fetcher = trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        if loop._num_ready_batches_reached() or loop._should_check_val_fx(fetcher):
-            return
-        if self._due(trainer) or loop._is_training_done:
-            self._save(trainer, last=True)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best in the midst of an epoch."""
-        self._validated = trainer.global_step
-        if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
-            self._save(trainer, best=True, last=self._due(trainer))
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best, where what it is chosen by has just been measured, and the last."""
-        measured = self.monitor == "train/loss" or self._validated == trainer.global_step
-        loop, every = trainer.fit_loop, self.every_n_updates
-        last = every is None or self._due(trainer) or bool(loop.done)
-        # An epoch that max_steps cut short was saved before its end, to go on from there.
-        self._save(
-            trainer, best=measured, last=last and loop.epoch_loop._num_ready_batches_reached()
-        )
-
-    def _due(self, trainer: Trainer) -> bool:
-        every = self.every_n_updates
-        return every is not None and trainer.global_step % every == 0
-
-    def _save(self, trainer: Trainer, *, best: bool = False, last: bool = False) -> None:
-        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if not fitting or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
-            return
-        candidates = self._monitor_candidates(trainer)
-        if best:
-            self._save_topk_checkpoint(trainer, candidates)
-        if last and self._saved != trainer.global_step:  # batches without an update add nothing
-            self._saved = trainer.global_step
-            self._save_last_checkpoint(trainer, candidates)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the best so far, if it is in this folder; the folder may have moved."""
-        best = Path(str(self.dirpath), "best.ckpt")
-        if state_dict.get("best_k_models") and best.is_file():
-            here, score = str(best), state_dict["best_model_score"]
-            paths = {"best_model_path": here, "kth_best_model_path": here}
-            state = {**state_dict, **paths, "best_k_models": {here: score}, "last_model_path": ""}
-            super().load_state_dict({**state, "dirpath": self.dirpath})
+def _plain(value: Any) -> Any:
+    """Return a value that `read` loads again; what has no plain form is left out."""
+    if isinstance(value, dict):
+        kept = {str(key): _plain(entry) for key, entry in value.items()}
+        return {key: entry for key, entry in kept.items() if entry is not ...}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    plain = value is None or isinstance(value, (bool, int, float, str, torch.Tensor))
+    return value if plain else ...

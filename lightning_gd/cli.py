@@ -7,21 +7,15 @@ import os
 import re
 import sys
 from argparse import ArgumentError
+from collections.abc import Iterable
 from pathlib import Path
 from traceback import print_exception
 
-from lightning_gd.refusals import DivergenceError
-
 EXPERIMENTS = Path(__file__).parent / "experiments"
-VERBS = {
-    "fit": "train, and stop there",
-    "validate": "evaluate on the validation rows",
-    "test": "evaluate on the test rows",
-    "predict": "predict the test rows",
-}
+VERBS = ("fit", "validate", "test", "predict")
 DEFAULT = "parity"
 
-# Of the parser's message on a value that fits none of several types, all but the reasons.
+# What is left out of the parser's message on a value that fits none of several types.
 _NOISE = re.compile(
     r"[ -]*(Does not validate against|Subtypes:|Errors:|Given value type:"
     r"|Given value: (Namespace|NestedArg)\(|Expected a <class 'NoneType'>)"
@@ -29,7 +23,7 @@ _NOISE = re.compile(
 
 
 class UsageError(ValueError):
-    """The user wrote something that cannot be meant; exit status 2."""
+    """A verb, an experiment or a file that does not exist; exit status 2."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,32 +33,29 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments without the program's name; `None` takes those of the process.
 
     Returns:
-        0 on success, 1 where the world failed (files, network), 2 where the arguments are wrong,
-        3 where the run diverged.
+        0 on success, 1 for a failure of files, network or another process, 2 for wrong
+        arguments, 3 if the run diverged.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    traceback = "--traceback" in arguments
     try:
         if arguments in (["-h"], ["--help"]):
             print(_help())
-            return 0
-        # Processes started by Lightning read sys.argv again: they must see what this one runs.
-        sys.argv[1:] = resolve(arguments)
-        _run()
+        else:
+            _run(*resolve(arguments))
         return 0
     except SystemExit as stop:  # the parser has printed its message
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
-        if traceback:
+        if "--traceback" in arguments:
             print_exception(error)
         print(f"error: {_message(error)}", file=sys.stderr)
-        if isinstance(error, DivergenceError):
-            return 3
-        return 2 if _written_wrong(error) else 1
+        return _status(error)
 
 
 def resolve(arguments: list[str]) -> list[str]:
     """Add the verb, the default experiment and the paths of experiments given by name.
+
+    The result depends on the arguments alone, so that every process of a run resolves the same.
 
     Raises:
         UsageError: If a verb or an experiment is unknown.
@@ -82,10 +73,10 @@ def resolve(arguments: list[str]) -> list[str]:
         else:
             rest.append(word)
     if not configs and not {"-h", "--help"} & set(rest):
-        table = any(re.fullmatch(r"(--data=)?([\w.]+\.)?TableData", word) for word in rest)
-        configs = [_experiment("table" if table else DEFAULT)]
-    # The name of the file, unless one stands in it; then the files, wherever they were written:
-    # what is typed out wins over them.
+        parts = [part for word in rest for part in word.split("=", 1)]
+        typed = dict(zip(parts, parts[1:], strict=False))
+        configs = [_default_experiment(typed.get("--model", ""), typed.get("--data", ""))]
+    # The files come first: what is typed wins over them, wherever it was typed.
     start = ["--experiment", configs[-1][0]] if configs else []
     start += [word for _, path in configs for word in ("--config", path)]
     if verb == "fit":
@@ -94,11 +85,28 @@ def resolve(arguments: list[str]) -> list[str]:
 
 
 def experiments() -> list[str]:
-    """The names of the experiments in the package."""
+    """Return the names of the experiments in the package."""
     return sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
 
 
+def _default_experiment(model: str, data: str) -> tuple[str, str]:
+    """Return folder and path of the experiment whose defaults apply where no --config is typed.
+
+    That is `plain` where neither model nor data are those of another experiment. A model that
+    is not the experiment's own is filed under its name.
+    """
+    own = "." in model.removeprefix("lightning_gd.")
+    if data.endswith("TableData") and not own:
+        experiment = "table"
+    else:
+        experiment = "plain" if model and data else DEFAULT
+    path, name = EXPERIMENTS / f"{experiment}.yaml", model.rpartition(".")[2]
+    other = own or f"lightning_gd.{name}\n" not in path.read_text(encoding="utf-8")
+    return name if other and name.isidentifier() else experiment, str(path)
+
+
 def _experiment(text: str) -> tuple[str, str]:
+    """Return name and path of an experiment given by name, or of a file."""
     if text in experiments():
         return text, str(EXPERIMENTS / f"{text}.yaml")
     if Path(text).is_file():
@@ -115,79 +123,48 @@ def _check_yaml(file: Path) -> None:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or error
-        raise UsageError(f"--config {file}{place}: not YAML: {reason}") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config {file} is not YAML: {reason}") from error
     if not isinstance(content, dict):
         raise UsageError(f"--config {file} must map keys such as model, data, trainer to values")
 
 
-def _unknown(what: str, text: str, known: object) -> str:
-    names = list(known)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    near = difflib.get_close_matches(text, names, n=1, cutoff=0.4)
+def _unknown(what: str, text: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(text, known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {text!r}: {hint}known: {', '.join(names)}"
-
-
-def _summary(experiment: str) -> str:
-    with (EXPERIMENTS / f"{experiment}.yaml").open(encoding="utf-8") as file:
-        return file.readline().lstrip("# ").strip()
+    return f"unknown {what} {text!r}: {hint}known: {', '.join(known)}"
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {verb:18}{meaning}" for verb, meaning in VERBS.items())
-    known = "\n".join(f"  {name:18}{_summary(name)}" for name in experiments())
-    return f"""Train with gradients derived by hand, or by autograd, and compare.
-
-usage: train.py [verb] [--config EXPERIMENT] [options]
-
-Without a verb: train, then test. Without --config: the experiment {DEFAULT!r}.
-
-verbs:
-{verbs}
-
-experiments (or the path of a YAML file):
-{known}
-
-options that are often wanted:
-  --model.gradient autograd      let autograd compute the gradient
-  --model.lr 0.001               learning rate
-  --data.batch_size 64           mini-batches instead of the full batch
-  --trainer.max_steps 1000       number of updates
-  --trainer.strategy ddp --trainer.devices 2 --trainer.accelerator cpu
-                                 two processes
-  --model mypackage.MyModel      a model of your own
-  --config table --data.path FILE --data.target COLUMN
-                                 a table of your own
-  --ckpt_path last               go on with the last run of the experiment
-  --traceback                    show where an error came from
-
-All options: train.py fit --help"""
+    lines = [Path(__file__).with_name("help.txt").read_text(encoding="utf-8")]
+    for name in experiments():
+        with (EXPERIMENTS / f"{name}.yaml").open(encoding="utf-8") as file:
+            lines.append(f"  {name:18}{file.readline().lstrip('# ')}")
+    return "".join(lines).strip()
 
 
-def _run() -> None:
-    sys.path.insert(0, os.getcwd())  # models of the user's own, by dotted path
+def _run(verb: str, *words: str) -> None:
+    sys.path.insert(0, os.getcwd())  # the user's own models, by dotted path
     from lightning_gd.lightning_cli import run
 
-    run()
+    run(verb, list(words))
 
 
-def _written_wrong(error: Exception) -> bool:
-    """Whether what the user wrote is wrong, as Python, the parser and Lightning call it."""
-    if isinstance(error.__cause__, OSError):  # the parser wraps what a file did in a ValueError
-        return False
+def _status(error: Exception) -> int:
+    """Return the exit status: 2 for what Python, the parser and Lightning call a wrong argument."""
+    name = type(error).__name__  # of classes whose modules import Lightning
+    if isinstance(error.__cause__, OSError):  # the parser wraps errors of files in a ValueError
+        return 1
     kinds = (ValueError, TypeError, ArgumentError, NotImplementedError)
-    # Lightning is not imported here.
-    return isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException"
+    usage = isinstance(error, kinds) or name == "MisconfigurationException"
+    return 3 if name == "DivergenceError" else 2 if usage else 1
 
 
 def _message(error: Exception) -> str:
-    """The error in one line or a few, without the parser's account of what else it tried."""
+    """Return the error in one line or a few, without the types that the parser tried."""
     text = str(error)
     if "Does not validate against" in text:
         kept = [line.strip(" -") for line in text.splitlines() if not _NOISE.match(line)]
         text = " ".join(kept)
-    plain = (OSError, RuntimeError, ArithmeticError, ValueError)
-    plain = _written_wrong(error) or isinstance(error, plain)
+    plain = _status(error) > 1 or isinstance(error, (OSError, RuntimeError))
     return text if plain else f"{type(error).__name__}: {text}"

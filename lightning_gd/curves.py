@@ -1,72 +1,84 @@
-"""Curves with one point an update, buffered on the device and written in blocks."""
-
-from __future__ import annotations
+"""Curves with one point per update, buffered on the device and written many at a time."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+from lightning_gd.distributed import reduce_sum
 
-MOST_POINTS = 100_000  # longer runs are thinned to at most so many points a curve
-BUFFERED = 512  # points kept before they are written, where no block ends earlier
+BUFFERED = 512  # points kept before they are written
+DENSE = 17  # bits: below 2¹⁷ updates every point is written, then every 2nd, 4th, …
+KEPT = 4_000  # points of a curve kept in `history`
+
+Points = list[tuple[int, dict[str, float]]]
 
 
 class Curves:
     """Collects values by update and writes them to every logger of the Trainer.
 
     The x axis counts the updates that the weights have seen: the point at k of `train/loss` is
-    the loss before update k, counted from 0, and that of `test/loss` is at the same weights.
+    the loss before update k, counted from 0, and `test/loss` at k belongs to the same weights.
+
+    Attributes:
+        history: Updates and values of each curve written so far, thinned to 4,000 points.
     """
 
     def __init__(self) -> None:
-        self._steps: list[int] = []
-        self._values: dict[str, list[Tensor | float | None]] = {}
-        self._stride = 1
+        self.history: dict[str, tuple[list[int], list[float]]] = {}
+        self._buffer: dict[tuple[str, bool], list[tuple[int, Tensor | float]]] = {}
 
-    def start(self, updates: int) -> None:
-        """Begin a run of so many updates."""
-        self._stride = max(1, -(-updates // MOST_POINTS))
+    def record(
+        self, step: int, values: Mapping[str, Tensor | float], *, local: bool = False
+    ) -> None:
+        """Keep one point per curve.
 
-    def record(self, step: int, values: Mapping[str, Tensor | float]) -> None:
-        """Keep one point of each curve, unless it is thinned out."""
-        if step % self._stride:
-            return
-        for name, column in self._values.items():
-            column.append(values.get(name))
-        for name in values.keys() - self._values.keys():
-            self._values[name] = [None] * len(self._steps) + [values[name]]
-        self._steps.append(step)
+        Args:
+            step: Number of updates made so far.
+            values: The value of each curve, by tag; a tensor stays on its device.
+            local: The values are this process's part; written are the sums over all processes.
+                All processes must then record the same points.
+        """
+        if step % (1 << max(0, step.bit_length() - DENSE)) == 0:
+            for tag, value in values.items():
+                self._buffer.setdefault((tag, local), []).append((step, value))
 
     def full(self) -> bool:
-        """Whether enough is buffered to be worth writing."""
-        return len(self._steps) >= BUFFERED
+        """Tell whether enough is buffered to be worth writing."""
+        return any(len(points) >= BUFFERED for points in self._buffer.values())
 
     def write(self, trainer: Trainer) -> None:
-        """Write what is buffered, with one transfer from the device a curve."""
-        steps, columns = self._steps, {n: _numbers(v) for n, v in self._values.items()}
-        self._steps, self._values = [], {}
-        if not trainer.is_global_zero:
-            return
-        points = [
-            (step, {n: value for n, c in columns.items() if (value := c[i]) is not None})
-            for i, step in enumerate(steps)
-        ]
-        for logger in trainer.loggers:
-            log_points = getattr(logger, "log_points", None)
-            if log_points is not None:
-                log_points(points)
-                continue
+        """Write what is buffered, with one transfer from the device per curve."""
+        buffer, self._buffer = self._buffer, {}
+        points: dict[int, dict[str, float]] = {}
+        for (tag, local), column in buffer.items():
+            numbers = _numbers([value for _, value in column], local)
+            for (step, _), value in zip(column, numbers, strict=True):
+                points.setdefault(step, {})[tag] = value
+        self.add_points(trainer, sorted(points.items()))
+
+    def add_points(self, trainer: Trainer, points: Points) -> None:
+        """Write points `(update, {tag: value})` at once, to `history` and to the loggers."""
+        for step, values in points:
+            for tag, value in values.items():
+                self._keep(tag, step, value)
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             for step, values in points:
                 logger.log_metrics(values, step)
 
+    def _keep(self, tag: str, step: int, value: float) -> None:
+        steps, values = self.history.setdefault(tag, ([], []))
+        steps.append(step)
+        values.append(value)
+        if len(steps) > KEPT:
+            del steps[1::2], values[1::2]
 
-def _numbers(column: list[Tensor | float | None]) -> list[float | None]:
+
+def _numbers(column: list[Tensor | float], local: bool) -> list[float]:
     tensors = [value for value in column if isinstance(value, Tensor)]
     if not tensors:
         return column  # pyright: ignore[reportReturnType]
-    numbers = iter(torch.stack(tensors).tolist())
+    stacked = torch.stack(tensors)
+    numbers = iter((reduce_sum(stacked) if local else stacked).tolist())
     return [next(numbers) if isinstance(value, Tensor) else value for value in column]

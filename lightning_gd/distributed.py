@@ -1,6 +1,4 @@
-"""Sums and means over processes: the only room that speaks to a process group."""
-
-from __future__ import annotations
+"""Sums and means over processes: the only file that calls a collective."""
 
 import torch
 import torch.distributed as dist
@@ -8,14 +6,14 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """The number of processes that train together; 1 where no group exists."""
+    """Return the number of processes that train together; 1 where no group exists."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def reduce_sum(tensor: Tensor) -> Tensor:
     """Replace `tensor` by its elementwise sum over all processes, in place.
 
-    Every process must call this with the same shape and dtype; one process gets it back as it is.
+    Every process must call this with the same shape and dtype. On one process nothing happens.
     """
     if world_size() > 1:
         dist.all_reduce(tensor)
@@ -23,33 +21,30 @@ def reduce_sum(tensor: Tensor) -> Tensor:
 
 
 class RowMean:
-    """Means over the rows of all processes and batches, from means over each one's own rows.
+    """Means over the rows of all processes and batches: Σ nᵢ·meanᵢ / Σ nᵢ.
 
-    `add` each share; `reduce` forms Σ nᵢ·meanᵢ / Σ nᵢ with one collective, in which further
-    values travel along, and starts anew. Nothing is computed for a single share of one process.
+    `add` the means over the local rows of each batch, then `reduce` with one collective. The
+    number of rows travels in the same tensor, so uneven and empty parts need nothing else.
     """
 
     def __init__(self) -> None:
-        self._shares: list[tuple[list[Tensor], int, int]] = []
+        self._parts: list[tuple[list[Tensor], float]] = []
 
-    def add(self, means: list[Tensor], rows: int, total: int) -> None:
-        """Add means over `rows` rows of this process, `total` rows over all processes."""
-        self._shares.append((means, rows, total))
+    def add(self, means: list[Tensor], rows: float) -> None:
+        """Add means over `rows` local rows; with 0 rows their values do not count."""
+        self._parts.append((means, rows))
 
-    @property
-    def rows(self) -> int:
-        """Rows added so far, over all processes."""
-        return sum(total for _, _, total in self._shares)
+    def reduce(self) -> tuple[list[Tensor], Tensor | float]:
+        """Return the means over everything added since the last call, and the number of rows."""
+        parts, self._parts = self._parts, []
+        means, rows = parts[0]
+        if len(parts) == 1 and world_size() == 1:
+            return means, rows
+        flat = torch.stack([_weighted(*part) for part in parts]).sum(0)
+        *sums, total = reduce_sum(flat).split([*(value.numel() for value in means), 1])
+        return [s.div_(total).view_as(m) for s, m in zip(sums, means, strict=True)], total[0]
 
-    def reduce(self, sums: list[Tensor] | None = None) -> list[Tensor]:
-        """The means over all rows added so far, then `sums` (0-d), summed over the processes."""
-        total, shares, self._shares, sums = self.rows, self._shares, [], sums or []
-        first, rows, _ = shares[0]
-        if rows == total and world_size() == 1:
-            return [*first, *sums]
-        flat = torch.cat([value.reshape(-1) for value in (*first, *sums)])
-        head = flat[: len(flat) - len(sums)].mul_(rows / total)
-        for means, rows, _ in shares[1:]:
-            head.add_(torch.cat([value.reshape(-1) for value in means]), alpha=rows / total)
-        pieces = reduce_sum(flat).split([value.numel() for value in (*first, *sums)])
-        return [piece.view_as(v) for piece, v in zip(pieces, (*first, *sums), strict=True)]
+
+def _weighted(means: list[Tensor], rows: float) -> Tensor:
+    flat = torch.cat([*(value.reshape(-1) for value in means), means[0].new_ones(1)])
+    return flat.mul_(rows) if rows else torch.zeros_like(flat)

@@ -1,163 +1,164 @@
-"""What every model is asked after training: losses and metrics, exact over uneven shares."""
-
-from __future__ import annotations
+"""Validation, test and prediction: losses and metrics that are exact over uneven processes."""
 
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from lightning_gd.batch import Batch, whole
+from lightning_gd.batch import Batch, DataBatch, as_batch, tensors
 from lightning_gd.curves import Curves
 from lightning_gd.distributed import reduce_sum
 
 
 class EvaluatedModule(LightningModule):
-    """A LightningModule that validates, tests and predicts from `forward`, `loss` and `metrics`."""
+    """A LightningModule that validates, tests and predicts from `forward`, `loss` and `metrics`.
+
+    Attributes:
+        curves: The curves of the run, with one point per update.
+        batch_losses: Loss and rows of each batch that the next update of autograd mode sums up.
+        step_losses: Loss and rows of each update of the current `training_step`.
+        stable_lr: The largest stable learning rate, where a callback has found it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.curves = Curves()
+        self.batch_losses: list[tuple[Tensor, Tensor]] = []
+        self.step_losses: list[tuple[Tensor, Tensor | float]] = []
+        self.stable_lr: float | None = None
         self._evaluation: dict[str, Metric] = {}
 
-    def setup(self, stage: str) -> None:
-        """Try one row before any work, where the data hold tables."""
-        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        like, tables = next(self.parameters(), None), getattr(data, "tables", {})
-        if like is not None and tables:
-            row = next(iter(tables.values())).part(slice(1))
-            if self.trainer.precision != "64-true":  # which converts weights and data later
-                check_form(row.x, row.y, like.dtype)
-            check_forward(self, row.x.to(like))
+    def rows(self, batch: Any) -> float:
+        """Return the number of rows of a batch: the first dimension of its first tensor.
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss: a mean over the rows, plus terms of the parameters alone.
-
-        Args:
-            x: Inputs, shape [N, D] or what `forward` takes.
-            y: Targets, shape [N].
+        Override it where `loss` is another mean: return the weight that the mean divides by,
+        such as the number of unpadded tokens or Σw, and 1 for a sum. Means over processes and
+        accumulated batches are weighted by it.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define loss(x, y)")
+        first = next(tensors(batch), None)
+        if first is None or first.ndim == 0:
+            raise ValueError(
+                f"{type(self).__name__} cannot count the rows of a {type(batch).__name__}: its "
+                "first tensor needs rows along its first dimension; override rows(batch)"
+            )
+        return len(first)
 
     def metrics(self) -> dict[str, Metric]:
-        """Fresh torchmetrics objects for an evaluation, by name, fed `(prediction, target)`.
+        """Return fresh torchmetrics objects by name; they are fed `(prediction, target)`.
 
         `loss`, the mean of the loss over all rows, is always there; return one of that name
         to compute it from predictions instead.
         """
         return {}
 
-    def on_validation_epoch_start(self) -> None:
-        """Begin with fresh metrics."""
-        self._start_evaluation()
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the metrics; those of several loaders are taken together."""
+        self._evaluate(as_batch(batch))
 
-    def on_test_epoch_start(self) -> None:
-        """Begin with fresh metrics."""
-        self._start_evaluation()
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the metrics; those of several loaders are taken together."""
+        self._evaluate(as_batch(batch))
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Feed the metrics."""
-        self._evaluate(batch)
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Return the predictions for the first element of the batch, or for the tensor it is."""
+        return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Feed the metrics."""
-        self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics as `val/…`."""
-        self._end_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics as `test/…`."""
-        self._end_evaluation("test")
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The predictions ŷ for the rows of this batch, shape [N]."""
-        return self(self.as_batch(batch).x)
-
-    def _start_evaluation(self) -> None:
+    def start_evaluation(self) -> None:
+        """Begin with fresh metrics, in float64 where the device has it."""
         self._evaluation = {"loss": MeanMetric(), **self.metrics()}
         for metric in self._evaluation.values():
             metric.to(self.device)
-            if self.device.type != "mps":  # which knows no float64
+            if self.device.type != "mps":
                 metric.set_dtype(torch.float64)
 
-    def _evaluate(self, batch: Any) -> None:
-        x, y, _ = next(self.as_batch(batch).shares())
-        if len(y) == 0:
+    def end_evaluation(self) -> dict[str, Tensor]:
+        """Return the metrics over the rows of all processes; none if no batch was evaluated."""
+        found, self._evaluation = self._evaluation, {}
+        fed = float(any(metric.update_called for metric in found.values()))
+        if not reduce_sum(torch.tensor(fed, device=self.device)):
+            return {}
+        return {name: metric.compute() for name, metric in found.items()}
+
+    def _evaluate(self, batch: Batch) -> None:
+        rows, metrics = batch.rows(self), dict(self._evaluation)
+        if not rows:
             return
-        predictions = self(x)
-        for name, metric in self._evaluation.items():
-            if name == "loss" and isinstance(metric, MeanMetric):
-                metric.update(self.loss(x, y), len(y))
-            else:
-                metric.update(predictions, y)
+        if isinstance(metrics.get("loss"), MeanMetric):
+            mean: Any = metrics.pop("loss")
+            mean.update(batch.loss(self), rows)
+        if metrics and isinstance(batch, DataBatch):
+            prediction, target = self(batch.content[0]), batch.content[1]
+            for metric in metrics.values():
+                metric.update(prediction, target)
 
-    def _end_evaluation(self, part: str) -> None:
-        values = {f"{part}/{name}": metric.compute() for name, metric in self._evaluation.items()}
-        fitting = self.trainer.state.fn == "fit"
-        self.log_dict(values, logger=False if fitting else None, sync_dist=True)
-        if fitting and not self.trainer.sanity_checking:  # on the axis of the other curves
-            self.curves.record(self.trainer.global_step, dict(values))
 
-    def as_batch(self, batch: Any) -> Batch:
-        """Accept `(x, y)` of other loaders too; their rows are counted over the processes."""
-        if not isinstance(batch, Batch):
-            x, y = batch
-            total = torch.tensor(float(len(y)), device=y.device)
-            batch = whole(x, y, int(reduce_sum(total)))
-        check_form(batch.x, batch.y, next(self.parameters()).dtype)
-        return batch
+def watched(trainer: Trainer) -> str:
+    """Return the metric for selection, never of test data: `val/loss` or else `train/loss`."""
+    counts: Any = trainer.num_val_batches
+    counts = counts if isinstance(counts, list) else [counts]
+    empty = trainer.val_dataloaders is not None and not sum(counts)
+    return "val/loss" if trainer.enable_validation and not empty else "train/loss"
 
 
 @torch.no_grad()
-def check_forward(model: torch.nn.Module, x: Tensor) -> None:
-    """Refuse rows that `forward` cannot take, and predictions that would broadcast with y [N].
+def check_batch(model: nn.Module, content: Any) -> None:
+    """Refuse a batch `(x, y)` that `forward` cannot take, or whose prediction would broadcast.
 
-    Args:
-        model: Left as it was, and its random numbers too.
-        x: One row, shape [1, D], on its device and in its dtype.
+    A target [N, 1] against a prediction [N] makes residuals [N, N] without an error. Batches
+    of other structures are left alone. The model and the random state stay as they are.
 
     Raises:
-        ValueError: Naming the model and the shapes.
+        ValueError: Naming the model and the shapes, or the dtypes.
     """
+    like, pair = next(model.parameters(), None), isinstance(content, (tuple, list))
+    if like is None or not pair or [type(part) for part in content] != [Tensor, Tensor]:
+        return
+    for name, values in zip("xy", content, strict=True):
+        if values.is_floating_point() and values.dtype != like.dtype:
+            raise ValueError(
+                f"{name} is {values.dtype} but the weights are {like.dtype}: convert the data, or "
+                "set --trainer.precision 64-true for float64 and 32-true for float32"
+            )
+    x, y = content
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
+        raise ValueError(
+            f"a batch (x, y) needs as many targets as inputs; got x {list(x.shape)} and "
+            f"y {list(y.shape)}"
+        )
+    prediction = _predicted(model, x[:2]) if len(x) else None
+    if isinstance(prediction, Tensor) and _broadcasts(prediction, y[:2]):
+        raise ValueError(
+            f"{type(model).__name__}.forward returns {_form(prediction)} for x {_form(x)}, which "
+            f"would broadcast with y {_form(y)}: return the shape of y"
+        )
+
+
+def _predicted(model: nn.Module, x: Tensor) -> Any:
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.random.fork_rng():
-            prediction = model.eval()(x)
-    except RuntimeError as error:
-        what = f"{type(model).__name__} cannot take the data, whose x is {_rows(x)}"
+            return model.eval()(x)
+    except (RuntimeError, IndexError) as error:
+        what = f"{type(model).__name__} cannot take the data, whose x is {_form(x)}"
         raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
     finally:
         for module, training in modes:
             module.training = training
-    if isinstance(prediction, Tensor) and prediction.numel() == 1 and prediction.ndim != 1:
-        raise ValueError(
-            f"{type(model).__name__}.forward returns {_rows(prediction)} for x {_rows(x)}, which "
-            "would broadcast with y [N]: return [N]"
-        )
 
 
-def _rows(tensor: Tensor) -> str:
+def _broadcasts(prediction: Tensor, y: Tensor) -> bool:
+    """Tell whether a float target and a prediction of another shape would combine unnoticed."""
+    if prediction.shape == y.shape or not y.is_floating_point():
+        return False
+    if prediction.numel() == 1 and prediction.ndim != 1:
+        return True
+    try:
+        return torch.broadcast_shapes(prediction.shape, y.shape) is not None
+    except RuntimeError:
+        return False
+
+
+def _form(tensor: Tensor) -> str:
     return "[]" if tensor.ndim == 0 else f"[{', '.join(['N', *map(str, tensor.shape[1:])])}]"
-
-
-def check_form(x: Tensor, y: Tensor, dtype: torch.dtype) -> None:
-    """Refuse shapes that would broadcast silently, and data of another precision.
-
-    Raises:
-        ValueError: Naming both shapes, or both dtypes.
-    """
-    if x.ndim < 2 or y.ndim != 1 or len(x) != len(y):
-        raise ValueError(
-            f"a batch needs x of shape [N, D] and y of shape [N]; got x {list(x.shape)} and "
-            f"y {list(y.shape)}"
-        )
-    for name, values in (("x", x), ("y", y)):
-        if values.is_floating_point() and values.dtype != dtype:
-            raise ValueError(
-                f"{name} is {values.dtype} but the weights are {dtype}: convert the data, or set "
-                "--trainer.precision 64-true for float64 and 32-true for float32"
-            )

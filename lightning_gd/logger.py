@@ -1,9 +1,6 @@
-"""TensorBoard, with many points written at once and the final metrics in the HParams tab."""
-
-from __future__ import annotations
+"""TensorBoard, with all values of an update in one event and readable columns of settings."""
 
 import os
-import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +15,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
 )
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
-from lightning_gd.events import framed
-
-# TensorBoard shows five columns of settings at first: these.
-SHOWN = ("batch_size", "gradient", "lr", "momentum", "start")
+SHOWN = ("batch_size", "gradient", "lr", "momentum", "start")  # the first columns in TensorBoard
+METRICS = ("train/loss", "test/loss", "test/accuracy")  # their last value is a column too
 
 
 class RunLogger(TensorBoardLogger):
@@ -31,7 +26,6 @@ class RunLogger(TensorBoardLogger):
         save_dir: Folder of all runs.
         name: Folder of this experiment's runs in it.
         version: Number or name of the run; null takes the next number.
-        metrics: Curves whose last value stands in the HParams tab.
     """
 
     def __init__(
@@ -39,31 +33,51 @@ class RunLogger(TensorBoardLogger):
         save_dir: str = "lightning_logs",
         name: str | None = "run",
         version: int | str | None = None,
-        metrics: tuple[str, ...] = ("train/loss", "test/loss", "test/accuracy"),
     ) -> None:
         super().__init__(save_dir, name, version, default_hp_metric=False)
-        self.metrics = metrics
 
     @rank_zero_only
-    def log_points(self, points: list[tuple[int, dict[str, float]]]) -> None:
-        """Write `(step, {tag: value})`, all values of a step in one event."""
-        now, events = time.time(), []
-        for step, values in points:
-            tags = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-            event = Event(summary=Summary(value=tags), step=step, wall_time=now)
-            events.append(event.SerializeToString())
-        writer = self.experiment._get_file_writer().event_writer
-        writer.flush()  # what was added before comes first
-        writer._async_writer._writer._writer.write(framed(events))
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write all values of a step in one event, but for the epoch that Lightning adds."""
+        values = [
+            Summary.Value(tag=tag, simple_value=float(value))
+            for tag, value in metrics.items()
+            if tag != "epoch"
+        ]
+        self.experiment.file_writer.add_event(Event(summary=Summary(value=values)), step)
+
+    @rank_zero_only
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, metrics: Any = None, step: int | None = None
+    ) -> None:
+        """Write the settings; TensorBoard adds the last value of each of `METRICS`."""
+        params = dict(vars(params)) if isinstance(params, Namespace) else dict(params)
+        self.hparams.update(params)
+        columns = {name: _cell(v) for name, v in params.items() if not name.startswith("_")}
+        experiment, *session = hparams_summaries(columns, dict.fromkeys(METRICS, 0.0))
+        plugin = experiment.value[0].metadata.plugin_data
+        data = HParamsPluginData.FromString(plugin.content)
+        for info in data.experiment.hparam_infos:
+            info.differs = info.name in SHOWN
+        plugin.content = data.SerializeToString()
+        for summary in (experiment, *session):
+            self.experiment.file_writer.add_summary(summary)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Flush, and leave the files open: a test after the fit writes to them too."""
+        self.experiment.flush()
+        if status == "success":
+            self.save()
 
     def events(self) -> dict[str, int]:
-        """Flush, and tell the files of this run's events and their sizes in bytes."""
+        """Flush, and return the event files of this run with their sizes in bytes."""
         self.experiment.flush()
         return {file.name: file.stat().st_size for file in self._event_files()}
 
     @rank_zero_only
     def cut(self, events: dict[str, int]) -> None:
-        """Go back to `events`: what was written later is about to be written again."""
+        """Remove what was written after `events` was returned; it is about to be written again."""
         for file in self._event_files():
             if file.name not in events:
                 file.unlink()
@@ -72,32 +86,6 @@ class RunLogger(TensorBoardLogger):
 
     def _event_files(self) -> list[Path]:
         return sorted(Path(self.log_dir).glob("events.out.tfevents.*"))
-
-    @rank_zero_only
-    def log_hyperparams(
-        self,
-        params: dict[str, Any] | Namespace,
-        metrics: dict[str, Any] | None = None,
-        step: int | None = None,
-    ) -> None:
-        """Name the columns of the HParams tab; it shows the last value of each curve itself."""
-        params = dict(vars(params)) if isinstance(params, Namespace) else dict(params)
-        self.hparams.update(params)
-        columns = {name: _cell(v) for name, v in params.items() if not name.startswith("_")}
-        experiment, *session = hparams_summaries(columns, dict.fromkeys(self.metrics, 0.0))
-        plugin = experiment.value[0].metadata.plugin_data
-        data = HParamsPluginData.FromString(plugin.content)
-        for info in data.experiment.hparam_infos:
-            info.differs = info.name in SHOWN  # these come first
-        plugin.content = data.SerializeToString()
-        writer = self.experiment._get_file_writer()
-        for summary in (experiment, *session):
-            writer.add_summary(summary)
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """All but the epoch that Lightning adds: the x axis counts updates."""
-        super().log_metrics({tag: v for tag, v in metrics.items() if tag != "epoch"}, step)
 
 
 def _cell(value: Any) -> int | float | str:

@@ -28,9 +28,10 @@ FETCH = (
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     arguments = _parse(argv)
+    from rich.console import Console
+
     from benchmarks import report
     from benchmarks.rows import rows  # takes seconds to import
-    from rich.console import Console
 
     known = rows(arguments.quick)
     if arguments.list:
@@ -93,10 +94,11 @@ def _chosen(only: list[str] | None, known: list[Row]) -> list[Row]:
 
 
 def _measured(chosen: list[Row], arguments: argparse.Namespace) -> list[Outcome]:
-    from benchmarks.harness import Outcome, measure
-    from benchmarks.team import Job
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+    from benchmarks.harness import Outcome, measure
+    from benchmarks.team import Job
 
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:3], TimeElapsedColumn())
     outcomes, there = [], (Path(arguments.data_root) / "MNIST" / "raw").is_dir()

@@ -1,34 +1,42 @@
-"""Compare four roads to the gradient: `python scripts/compare.py --help`."""
+"""Compare four implementations of one descent: `python scripts/compare.py --help`."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from comparison import Descent
 
 DESCRIPTION = """\
-Gradient descent on one road after the other, from the same start on the same data:
+Gradient descent by four implementations, from the same start on the same data:
 a NumPy loop, the explicit formula (Trainer.fit), autograd (Trainer.fit), and
-nn.Linear with torch.optim.SGD. Prints losses, weights and how far the roads are apart,
+nn.Linear with torch.optim.SGD. Prints losses, weights and how far they are apart,
 in ulps: units in the last place of the largest number compared.
 
-Writes DIR/compare.png and one TensorBoard run a road, which share one chart
-(tensorboard --logdir DIR, tab CUSTOM SCALARS)."""
+Writes DIR/compare.png and one TensorBoard run per implementation, which share one
+chart (tensorboard --logdir DIR, tab CUSTOM SCALARS)."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare; 0 on success, 2 where an argument is wrong."""
+    """Compare; return 0 on success, 2 where an argument is wrong."""
     arguments = _parse(argv)
-    with warnings.catch_warnings():
-        # Raised inside Lightning by a newer torch; nothing that a user could change.
-        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-        try:
-            _compare(arguments)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+    from quiet import quiet
+
+    quiet()
+    try:
+        _compare(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -57,66 +65,58 @@ def _positive(text: str) -> int:
 
 def _compare(arguments: argparse.Namespace) -> None:
     import torch
-    from rich.console import Console
 
-    from lightning_gd import comparison, figures
+    import comparison  # takes seconds to import
+    from lightning_gd import figures
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    problem = comparison.load_problem(
-        arguments.config, arguments.lr, getattr(torch, arguments.dtype)
-    )
-    roads = comparison.all_roads(problem, arguments.steps, arguments.reduction)
+    dtype, out = getattr(torch, arguments.dtype), arguments.out
+    problem = comparison.load_problem(arguments.config, arguments.lr, dtype)
+    runs = comparison.all_four(problem, arguments.steps, arguments.reduction)
     predicted = comparison.predicted_losses(problem, arguments.steps)
+    losses = {**{name: run.losses for name, run in runs.items()}, "predicted": predicted}
     console = Console()
-    console.print(_losses(roads, predicted["train"], arguments.steps))
+    console.print(_losses(losses, arguments.steps))
     if len(problem.weight) <= 8:
-        console.print(_weights(roads))
-    console.print(
-        _differences(comparison.differences(comparison.coinciding(roads)), arguments.dtype)
-    )
+        console.print(_weights(runs))
+    console.print(_differences(comparison.differences(runs), arguments.dtype))
     if arguments.reduction == "sum":
-        for sentence in comparison.sum_lesson(problem, roads):
+        for sentence in comparison.sum_lesson(problem, runs):
             console.print(sentence, highlight=False)
     updates = range(arguments.steps)
-    curves = {road: {p: (updates, v) for p, v in r.losses.items()} for road, r in roads.items()}
-    figure = figures.compared_curves(curves, {p: (updates, v) for p, v in predicted.items()})
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.out / "compare.png")
-    losses = {road: r.losses for road, r in roads.items()}
-    comparison.write_tensorboard({**losses, "predicted": predicted}, arguments.out)
-    print(f"picture: {arguments.out / 'compare.png'}")
-    print(f"look at it: tensorboard --logdir {arguments.out}")
+    curves = {n: {p: (updates, v) for p, v in mine.items()} for n, mine in losses.items()}
+    theory = curves.pop("predicted")
+    out.mkdir(parents=True, exist_ok=True)
+    figures.compared_curves(curves, theory).savefig(out / "compare.png")
+    comparison.write_tensorboard(losses, out)
+    print(f"picture: {out / 'compare.png'}")
+    print(f"look at it: tensorboard --logdir {out}")
 
 
-def _table(title: str, *columns: str):
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
+def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     return table
 
 
-def _losses(roads, predicted, steps: int):
-    table = _table("Train loss before update k", "k", *roads, "predicted")
-    curves = [*(run.losses["train"] for run in roads.values()), predicted]
+def _losses(losses: dict[str, dict[str, np.ndarray]], steps: int) -> Table:
+    table = _table("Train loss before update k", "k", *losses)
     for k in sorted({k for k in (0, 1, 2, 5, 10, 20, 50, steps // 2, steps - 1) if k < steps}):
-        table.add_row(f"{k:,}", *(f"{curve[k]:.5g}" for curve in curves))
+        table.add_row(f"{k:,}", *(f"{mine['train'][k]:.5g}" for mine in losses.values()))
     return table
 
 
-def _weights(roads):
-    size = len(next(iter(roads.values())).weight)
+def _weights(runs: dict[str, Descent]) -> Table:
+    size = len(next(iter(runs.values())).theta) - 1
     names = [f"w{i}" if size > 1 else "w" for i in range(size)]
-    table = _table("After the last update", "road", *names, "b")
-    for road, run in roads.items():
-        table.add_row(road, *(repr(float(value)) for value in run.theta))
+    table = _table("After the last update", "implementation", *names, "b")
+    for name, run in runs.items():
+        table.add_row(name, *(repr(float(value)) for value in run.theta))
     return table
 
 
-def _differences(pairs, dtype: str):
-    table = _table(f"Largest differences in ulps of {dtype}", "roads", "train", "test", "weights")
+def _differences(pairs: dict[tuple[str, str], list[float]], dtype: str) -> Table:
+    table = _table(f"Largest differences in ulps of {dtype}", "pair", "train", "test", "weights")
     for (a, b), values in pairs.items():
         table.add_row(f"{a} − {b}", *(f"{value:.3g}" for value in values))
     return table

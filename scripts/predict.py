@@ -8,18 +8,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
 DESCRIPTION = """\
 Judge pictures of single digits by a checkpoint of a run on digits. Any format and size;
 dark on light, light on dark, coloured or transparent; brought to 28×28 as MNIST's are.
 
-score   what the model puts out: above 0 it says odd, below 0 even (trained on +1 and -1)
+score   the output of the model: above 0 it says odd, below 0 even (trained on +1 and -1)
 margin  how far the score is from 0, where the answer changes"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Answer; 0 if every picture was read, 1 if one (or the checkpoint) was not, 2 wrong usage."""
     arguments = _parse(argv)
-    from lightning_gd.scoring import pictures, scorer  # takes seconds: not for --help
+    from digits.scoring import pictures, scorer  # takes seconds: not for --help
 
     try:
         files, score = pictures(arguments.pictures), scorer(arguments.checkpoint)
@@ -46,7 +50,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _answers(files: list[Path], score: Any) -> list[dict[str, Any]]:
-    from lightning_gd.images import read_digit
+    from digits.images import read_digit
 
     answers, digits = [], []
     for file in files:
@@ -62,10 +66,6 @@ def _answers(files: list[Path], score: Any) -> list[dict[str, Any]]:
 
 
 def _show(answers: list[dict[str, Any]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(box=SIMPLE_HEAD)
     table.add_column("picture", overflow="fold")
     for name in ("answer", "score", "margin"):

@@ -1,4 +1,4 @@
-"""Draw the pictures of the README from real runs: `python scripts/readme_pictures.py --help`."""
+"""Draw the picture of the README from a real run: `python scripts/readme_pictures.py --help`."""
 
 from __future__ import annotations
 
@@ -7,51 +7,39 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 FOLDER = Path(__file__).parent / "pictures"
-FROM_PARITY = ("loss", "weights", "accuracy_by_digit", "wrong_digits")
 COLOURS = 256  # of a palette: no shade moves by more than 4 of 255, at under half the bytes
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, compare, draw; 0 on success."""
+    """Train and draw; return 0 on success."""
     parser = argparse.ArgumentParser(
-        description="Runs the experiment `parity` and scripts/compare.py, and keeps their pictures."
+        description="Runs the experiment `parity` and keeps the picture of its losses."
     )
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder (scripts/pictures)")
     out = parser.parse_args(argv).out
     with tempfile.TemporaryDirectory() as folder:
-        found = _train(Path(folder)) | _compare(Path(folder))
+        picture = _train(Path(folder))
         out.mkdir(parents=True, exist_ok=True)
-        for name, picture in found.items():
-            _shrink(picture, out / f"{name}.png")
+        _shrink(picture, out / picture.name)
     return 0
 
 
-def _train(folder: Path) -> dict[str, Path]:
-    """The pictures of the default experiment, by name."""
+def _train(folder: Path) -> Path:
+    """Run the default experiment and return the file of the picture."""
     from lightning_gd.cli import main as train
 
-    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false"]
+    quiet = ["--progress_bar", "null", "--checkpoint", "null"]
     where = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder)]
     if train(["--config", "parity", *where, *quiet]) != 0:
         raise RuntimeError("the experiment parity failed: see its message above")
-    pictures = folder / "parity" / "version_0" / "pictures"
-    return {name: pictures / f"{name}.png" for name in FROM_PARITY}
-
-
-def _compare(folder: Path) -> dict[str, Path]:
-    """The picture of the roads to a gradient that `compare.py` draws."""
-    import compare
-
-    if compare.main(["--config", "linear", "--steps", "40", "--out", str(folder)]) != 0:
-        raise RuntimeError("scripts/compare.py failed: see its message above")
-    return {"roads": folder / "compare.png"}
+    return folder / "parity" / "version_0" / "pictures" / "loss.png"
 
 
 def _shrink(source: Path, target: Path) -> None:
     """Save a picture with a palette, and without the name and version of what drew it."""
-    from PIL import Image
-
     with Image.open(source) as picture:
         few = picture.convert("RGB").quantize(
             COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE

@@ -12,59 +12,58 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from lightning_gd.notebooks.golden import NOTEBOOKS, entries
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Train what the notebooks train and compare every number that they print.",
-        epilog="exit status: 0 all agree, 1 a number differs, 2 wrong arguments or no data there",
-    )
-    parser.add_argument("notebooks", nargs="*", metavar="000 … 004", help="which; default: all")
-    parser.add_argument("--explain", action="store_true", help="add what each notebook teaches")
-    parser.add_argument("--list", action="store_true", help="list the experiments and run none")
-    parser.add_argument(
-        "--require-all", action="store_true", help="fail where the full MNIST is missing too"
-    )
-    parser.add_argument(
-        "--data-root",
-        default=os.environ.get("MNIST_ROOT"),
-        help="folder that holds MNIST/raw (default: $MNIST_ROOT)",
-    )
-    parser.add_argument("--download", action="store_true", help="fetch MNIST into --data-root")
-    return parser
+from lessons.entries import NOTEBOOKS, entries
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    arguments = parser().parse_args(argv)
-    unknown = sorted(set(arguments.notebooks) - NOTEBOOKS.keys())
-    if unknown:
-        parser().error(f"unknown notebooks {', '.join(unknown)}; known: {', '.join(NOTEBOOKS)}")
-    if arguments.download and not arguments.data_root:
-        parser().error("--download needs --data-root, the folder to fetch MNIST into")
+    arguments = _parse(argv)
     # Away from a terminal: a width at which both columns of numbers break alike.
     console = Console(width=None if sys.stdout.isatty() else 151)
     if arguments.list:
-        console.print(listing(arguments.notebooks))
+        console.print(_listing(arguments.notebooks))
         return 0
-    return run(arguments, console)
+    return _reproduce(arguments, console)
 
 
-def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Reproduce, print a table a notebook and the closing line."""
-    from lightning_gd.notebooks import reproduction as r  # takes seconds to import
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train what the notebooks train and compare every number that they print.",
+        epilog="exit status: 0 all agree, 1 a number differs, 2 wrong arguments or no data there",
+    )
+    add = parser.add_argument
+    add("notebooks", nargs="*", metavar="000 … 004", help="which; default: all")
+    add("--explain", action="store_true", help="add what each notebook teaches")
+    add("--list", action="store_true", help="list the experiments and run none")
+    add("--require-all", action="store_true", help="fail where the full MNIST is missing too")
+    add("--data-root", default=os.environ.get("MNIST_ROOT"), metavar="DIR",
+        help="folder that holds MNIST/raw (default: $MNIST_ROOT)")  # fmt: skip
+    add("--download", action="store_true", help="fetch MNIST into --data-root")
+    arguments = parser.parse_args(argv)
+    unknown = sorted(set(arguments.notebooks) - NOTEBOOKS.keys())
+    if unknown:
+        parser.error(f"unknown notebooks {', '.join(unknown)}; known: {', '.join(NOTEBOOKS)}")
+    if arguments.download and not arguments.data_root:
+        parser.error("--download needs --data-root, the folder to fetch MNIST into")
+    return arguments
 
+
+def _reproduce(arguments: argparse.Namespace, console: Console) -> int:
+    """Run the experiments, and print a table per notebook and the closing line."""
+    from lessons import digits, reproduction  # take seconds to import
+    from quiet import quiet
+
+    quiet()
     chosen = sorted(set(arguments.notebooks)) or list(NOTEBOOKS)
-    try:
-        root = arguments.data_root
-        digits = r.notebook_digits(root, arguments.download) if root and "002" in chosen else None
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found, root = None, arguments.data_root
+    if root and "002" in chosen:
+        try:
+            found = digits.notebook_digits(root, arguments.download)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     progress = track(
-        r.reproduce(chosen, digits),
+        reproduction.reproduce(chosen, found),
         description="reproducing",
         total=len(entries(chosen)),
         console=Console(stderr=True),
@@ -74,29 +73,21 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     results = list(progress)
     for notebook in chosen:
         mine = [result for result in results if notebook in result.entry.notebooks]
-        r.show(console, notebook, mine)
+        reproduction.show(console, notebook, mine)
         if arguments.explain:
-            console.print(
-                Panel(Text(r.lesson(notebook, mine).strip()), title=f"{notebook} explained")
-            )
-    console.print(r.closing_line(results), highlight=False)
-    verdicts = {result.verdict for result in results}
+            text = Text(reproduction.lesson(notebook, mine).strip())
+            console.print(Panel(text, title=f"{notebook} explained"))
+    console.print(reproduction.closing_line(results), highlight=False)
     failing = {"differs", "needs data"} if arguments.require_all else {"differs"}
-    return int(bool(verdicts & failing))
+    return int(any(result.verdict in failing for result in results))
 
 
-def listing(notebooks: list[str]) -> Table:
-    """The experiments, without running any."""
+def _listing(notebooks: list[str]) -> Table:
+    """Return a table of the experiments, without running any."""
     table = Table("notebook", "experiment", "kind", "updates", "dtype", "note")
-    for entry in entries(notebooks):
-        table.add_row(
-            "+".join(entry.notebooks),
-            entry.experiment,
-            entry.kind,
-            str(entry.steps),
-            entry.dtype,
-            entry.note,
-        )
+    for e in entries(notebooks):
+        notebook = "+".join(e.notebooks)
+        table.add_row(notebook, e.experiment, e.kind, str(e.steps), e.dtype, e.note)
     return table
 
 

@@ -1,6 +1,6 @@
-"""What a user can write wrong, and what the world can do: data for `test_bad_inputs.py`.
+"""Wrong arguments and failing files: the cases of `test_bad_inputs.py`.
 
-Each case is `name: (words of the command line, regular expression of the answer)`. The words come
+Each is `name: (words of the command line, regular expression of the answer)`. The words come
 after those of a run of three updates of the line y = 2x, in a folder with the files of `written`.
 """
 
@@ -14,14 +14,14 @@ NUMBERS = {
     "--model.momentum": "-0.1 1 .nan true",
     "--model.gradient_clip_val": "0 -1 .nan .inf true",
     "--model.accumulate_grad_batches": f"0 {WHOLE}",
-    "--model.updates_per_step": f"0 {WHOLE}",
     "--model.num_features": f"0 {WHOLE} null much",
     "--model.start_seed": f"{WHOLE} 1e22 9223372036854775808",
     "--model.intercept": ".nan .inf true",
     "--data.batch_size": f"0 {WHOLE} .nan .inf much",
     "--data.passes_per_epoch": f"0 {WHOLE}",
     "--data.num_val": WHOLE,
-    "--data.test_every": WHOLE,
+    "--data.updates_per_step": f"0 {WHOLE}",
+    "--test_curve.every_n_updates": f"0 {WHOLE}",
     "--data.seed": f"{WHOLE} 9223372036854775808",
     "--checkpoint.every_n_updates": f"0 {WHOLE}",
     "--gradient_check.every_n_updates": f"0 {WHOLE}",
@@ -68,7 +68,7 @@ WRONG = {
     "stray word": (["stray"], "stray"),
     "unknown setting": (["--model.lrr", "1"], "'lrr' is not accepted"),
     "unknown option": (["--trainer.max_stepz", "1"], "--trainer.max_stepz"),
-    "road": (["--model.gradient", "numeric"], "'explicit', 'autograd'.*numeric"),
+    "mode": (["--model.gradient", "numeric"], "'explicit', 'autograd'.*numeric"),
     "start": (["--model.start", "ones"], "'zeros', 'uniform', 'linear'.*ones"),
     "interval": (["--model.scheduler_interval", "day"], "'update', 'epoch'.*day"),
     "clipping": (["--model.gradient_clip_algorithm", "max"], "'norm', 'value'.*max"),
@@ -92,11 +92,10 @@ WRONG = {
     "model": (["--model", "own.Nothing"], "own.Nothing"),
     "data": (["--data", "Nothing"], "Nothing"),
     "callback": (["--trainer.callbacks", "Nothing"], "Nothing"),
-    "histograms": (
-        [*LINE, "--config", "histograms.yaml"],
-        "most=0 must be an integer of at least 1",
-    ),
+    "histograms": (["--histograms.most", "0"], "most=0 must be an integer of at least 1"),
     "pictures": ([*LINE, "--config", "pictures.yaml"], "worst=-1 must be an integer of at least 1"),
+    "callback's": (["--pictures.wurst", "1"], "wurst"),
+    "callback off": (["--pictures", "off"], "off"),
     "alpha": ([*RIDGE, "--model.alpha", "-1"], "alpha=-1.0 must be a finite number of at least 0"),
     "alpha nan": ([*RIDGE, "--model.alpha", ".nan"], "alpha=nan"),
     "hidden": ([*MLP, "--model.hidden", "0"], "hidden=0"),
@@ -113,10 +112,8 @@ WRONG = {
     "16-mixed": (["--trainer.precision", "16-mixed"], "precision 16-mixed .*32-true, 64-true"),
     "16-true": (["--trainer.precision", "16-true"], "precision 16-true .*32-true, 64-true"),
     "barebones": (["--trainer.barebones", "true"], "barebones true .*--trainer.logger false"),
-    "passes": (["--data.batch_size", "2"], "passes_per_epoch=100 .*batch_size=2"),
-    "auto": ([*MINI, "--model.lr", "auto"], "lr='auto' .*batch_size=2 is not the full batch"),
-    "auto Adam": (["--model.lr", "auto", "--model.optimizer", "Adam"], "lr='auto' .*SGD is needed"),
-    "moments": ([*MINI, "--model.moments", "true"], "moments=True .*batch_size=2"),
+    "passes": (["--data.batch_size", "2"], r"passes_per_epoch=100 .*got 2\)"),
+    "moments": ([*MINI, "--data.moments", "true"], r"moments=True .*got 2\)"),
     "weights": (["--model.weight", "[1, 2]"], r"weight=\[1.0, 2.0\] .*num_features=1"),
     "weight nan": (["--model.weight", "[.nan]"], "weight=nan must be a finite number"),
     "weight true": (["--model.weight", "[true]"], "True"),
@@ -149,9 +146,9 @@ WRONG = {
     "fraction nan": ([*TABLE, "good.csv", "--data.test_fraction", ".nan"], "test_fraction=nan"),
     "table's width": ([*TABLE, "good.csv", "--model.num_features", "3"], "num_features=3 .*1"),
     # YAML
-    "broken YAML": (["--config", "broken.yaml"], "broken.yaml, line 2, column 1: not YAML"),
-    "tab": (["--config", "tab.yaml"], "tab.yaml, line 2, column 1: not YAML"),
-    "binary YAML": (["--config", "binary.yaml"], "binary.yaml: not YAML"),
+    "broken YAML": (["--config", "broken.yaml"], "broken.yaml is not YAML: .* line 2, column 1"),
+    "tab": (["--config", "tab.yaml"], "tab.yaml is not YAML: .* line 2, column 1"),
+    "binary YAML": (["--config", "binary.yaml"], "binary.yaml is not YAML"),
     "empty YAML": (["--config", "empty.yaml"], "empty.yaml must map keys"),
     "list": (["--config", "list.yaml"], "list.yaml must map keys"),
     "unknown key": (["--config", "unknown.yaml"], "'modle'"),
@@ -163,6 +160,8 @@ WRONG = {
 
 # What only the rows can tell: answered before the first update, in a run folder without results.
 READ = {
+    "auto": ([*MINI, "--model.lr", "auto"], "lr='auto' .*batch_size=2"),
+    "auto Adam": (["--model.lr", "auto", "--model.optimizer", "Adam"], "lr='auto' .*SGD.*'Adam'"),
     "num_val": (["--data.num_val", "4"], "num_val=4 leaves no row"),
     "validate": (["validate"], "num_val=0 .*--data.num_val"),
     "nothing to learn": (["--data.x", "[0, 0, 0, 0]"], "every x .*is 0.*--model.bias true"),
@@ -178,12 +177,15 @@ READ = {
     "no formula": (["--model", "bad_own.NoFormula"], r"NoFormula must define gradients\(x, y\)"),
     "own width": (["--model", "bad_own.Wide"], r"Wide cannot take the data, whose x is \[N, 1\]"),
     "column": (["--model", "bad_own.Column"], r"Column.forward returns \[N, 1\] .*return \[N\]"),
+    "no moments": ([*MLP, *DIGITS, "--data.moments", "true"], "moments=True .* ParityMLP"),
+    "within a step": (["--checkpoint.every_n_updates", "7"], "every_n_updates=7 .*_per_step=10"),
     "float64": (["--data", "bad_own.Doubles"], "x is torch.float64 .*weights are torch.float3"),
-    "own nan": (["--data", "bad_own.Nans"], r"x\[1, 0\] of the train rows is nan"),
-    "own inf": (["--data", "bad_own.Infinite"], r"y\[2\] of the test rows is inf"),
-    "own empty": (["--data", "bad_own.Empty"], r"at least one row; got x \[0, 1\]"),
-    "own column": (["--data", "bad_own.Columns"], r"x \[4, 1\], y \[4, 1\]"),
-    "own vector": (["--data", "bad_own.Vector"], r"x \[4\], y \[4\]"),
+    "own nan": (["--data", "bad_own.Nan"], r"x\[1, 0\] of the train rows is nan"),
+    "own inf": (["--data", "bad_own.Infinite"], r"y\[2\] of the train rows is inf"),
+    "own empty": (["--data", "bad_own.Empty"], r"at least one row .*got x \[0, 1\]"),
+    "own rows": (["--data", "bad_own.Short"], r"same number of rows; got x \[4, 1\], y \[3\]"),
+    "own column": (["--data", "bad_own.Columns"], r"returns \[N\] .*broadcast with y \[N, 1\]"),
+    "own vector": (["--data", "bad_own.Vector"], r"cannot take the data, whose x is \[N\]"),
 }
 
 FULL = ["--config", "parity_full", "--data.download", "false", "--data.root"]
@@ -201,8 +203,11 @@ FAILED = {
 
 OWN_CODE = """
 import torch
-from lightning_gd import GradientDescentModule, LinearRegression
-from lightning_gd.data.tensors import Table, TensorDataModule
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_gd import GradientDescentModule
+from lightning_gd.data.tables import Table
+from lightning_gd.data.tensors import TensorDataModule
 
 
 class NoLoss(GradientDescentModule):
@@ -235,45 +240,28 @@ class Rows(TensorDataModule):
         super().__init__(**kwargs)
 
     def load(self):
-        x, y = torch.ones(4, 1), torch.ones(4)
-        return {"train": Table(x, y), "test": Table(*self.changed(x.clone(), y.clone()))}
+        table = Table(*self.changed(torch.ones(4, 1), torch.ones(4)))
+        return {"train": table, "test": table}
 
 
-class Infinite(Rows):
-    def changed(self, x, y):
-        y[2] = torch.inf
-        return x, y
+for name, change in {
+    "Infinite": lambda x, y: (x, y.index_fill(0, torch.tensor(2), torch.inf)),
+    "Nan": lambda x, y: (x.index_fill(0, torch.tensor(1), torch.nan), y),
+    "Empty": lambda x, y: (x[:0], y[:0]),
+    "Short": lambda x, y: (x, y[:3]),
+    "Columns": lambda x, y: (x, y[:, None]),
+    "Vector": lambda x, y: (x[:, 0], y),
+}.items():
+    globals()[name] = type(name, (Rows,), {"changed": staticmethod(change), "__module__": __name__})
 
 
-class Nans(Rows):
-    def load(self):
-        x = torch.tensor([[1.0], [torch.nan], [2.0], [torch.inf]])
-        return {"train": Table(x, torch.ones(4))}
+class Doubles(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(4, 1).double(), torch.ones(4).double()))
 
-
-class Doubles(Rows):
-    def load(self):
-        return {"train": Table(torch.ones(4, 1).double(), torch.ones(4).double())}
-
-
-class Empty(Rows):
-    def changed(self, x, y):
-        return x[:0], y[:0]
-
-
-class Columns(Rows):
-    def changed(self, x, y):
-        return x, y[:, None]
-
-
-class Vector(Rows):
-    def changed(self, x, y):
-        return x[:, 0], y
+    test_dataloader = val_dataloader = train_dataloader
 """
 
-CALLBACK = (
-    "trainer: {{callbacks: [{{class_path: lightning_gd.callbacks.{}, init_args: {{{}}}}}]}}\n"
-)
 FILES = {
     "bad_own.py": OWN_CODE,
     "mine.txt": "mine",
@@ -284,8 +272,7 @@ FILES = {
     "list.yaml": "- 1\n",
     "unknown.yaml": "modle: 1\n",
     "lrr.yaml": "model: {class_path: lightning_gd.LinearRegression, init_args: {lrr: 1}}\n",
-    "histograms.yaml": CALLBACK.format("histograms.WeightHistograms", "most: 0"),
-    "pictures.yaml": CALLBACK.format("pictures.Pictures", "worst: -1"),
+    "pictures.yaml": "pictures: {worst: -1}\n",
     "good.csv": "a,y\n1,2\n2,4\n3,6\n",
     "cell.csv": "a,y\n1,2\ntwo,4\n3,6\n",
     "nan.csv": "a,y\nnan,2\n2,4\n3,6\n",
@@ -298,7 +285,7 @@ FILES = {
     "one.csv": "a,y\n1,2\n",
 }
 
-# Folders with the four files of MNIST, of which one is not what it was.
+# Folders with the four files of MNIST, one of them damaged.
 IMAGES, LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 DAMAGED = {
     "short images": (IMAGES, lambda content: content[:-1]),

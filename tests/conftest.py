@@ -4,6 +4,8 @@ import contextlib
 import importlib
 import logging
 import pkgutil
+import sys
+from pathlib import Path
 
 import pytest
 from lightning.pytorch import Trainer
@@ -11,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning_gd import GradientDescentModule, models
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))  # as `python scripts/x.py` has it
 
 
 def find_models():

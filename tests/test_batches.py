@@ -1,54 +1,94 @@
-"""Global batches, without a Trainer; `test_fuzz.py` has the properties of random ones."""
+"""Steps of batches without a Trainer; `test_fuzz.py` has the properties of random ones."""
 
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lightning_gd.data.tensors import GlobalBatches, Table
-
-
-class Blocks:
-    """Ends blocks where a list of sizes says, in the place of a Trainer."""
-
-    def __init__(self, epoch=0, done=0, sizes=()):
-        self.epoch, self.done, self.sizes = epoch, done, list(sizes)
-
-    def take(self, remaining, most):
-        size = self.sizes.pop(0) if self.sizes else 1
-        return min(size, remaining, most)
+from lightning_gd.batch import batches_of
+from lightning_gd.data.tables import GlobalBatches, Table
 
 
-def blocks(*args) -> Any:
-    return Blocks(*args)
+def trainer_at(step=0, *, accumulate=1, several=True, callbacks=(), limit=math.inf):
+    """What the loader reads of a Trainer whose model has made `step` updates, in epoch 2."""
+    model = {"several_updates": several, "batches_per_update": accumulate}
+    return SimpleNamespace(
+        global_step=step,
+        current_epoch=2,
+        num_training_batches=limit,
+        accumulate_grad_batches=accumulate,
+        lightning_module=SimpleNamespace(**model, automatic_optimization=not several),
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        callbacks=callbacks,
+    )
 
 
-def numbered(rows):
-    x = torch.arange(rows, dtype=torch.float64)
-    return Table(torch.stack([x, x + 0.5], 1), -x)
+def loader(rows=103, batch_size=None, *, updates_per_step=1, passes=1, **trainer):
+    x = torch.arange(rows)[:, None].double()
+    settings: Any = {"updates_per_step": updates_per_step, "passes": passes, "seed": 5}
+    return GlobalBatches(Table(x, -x), batch_size, trainer=trainer_at(**trainer), **settings)
 
 
-def updates(loader):
-    """For each update the row numbers of this process, and the rows over all of them."""
-    found = []
-    for batch in loader:
-        for x, y, total in batch.shares():
-            assert torch.equal(x[:, 0], -y) and torch.equal(x[:, 1], x[:, 0] + 0.5)
-            found.append(([int(row) for row in x[:, 0]], total))
-    return found
+def batches(*args, **settings):
+    """The row numbers of each batch."""
+    return [x.int().flatten().tolist() for step in loader(*args, **settings) for x, _ in [step]]
 
 
 def test_orders_differ_and_do_not_collide():
-    loader = {"batch_size": 1, "shuffle": True}
-    orders = {
-        str(updates(GlobalBatches(numbered(30), seed=seed, schedule=blocks(epoch), **loader)))
-        for seed in (0, 1, 2, 3, 2**32, 2**40)
-        for epoch in (0, 1, 2, 2**31)
-    }
+    orders = set()
+    for seed in (0, 1, 2, 3, 2**32, 2**40):
+        for epoch in (0, 1, 2, 2**31):
+            one = loader(30, 1, step=30 * epoch)
+            one.seed = seed
+            orders.add(str([int(x) for x, _ in one]))
     assert len(orders) == 24
 
 
-@pytest.mark.parametrize("raw, y", [((4,), (4,)), ((4, 2), (4, 1)), ((4, 2), (3,)), ((0, 2), (0,))])
-def test_tables_refuse_shapes_that_do_not_fit(raw, y):
-    with pytest.raises(ValueError, match=r"x \["):
-        Table(torch.zeros(raw), torch.zeros(y))
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("limit", [math.inf, 4])
+def test_the_place_in_autograd_mode(accumulate, limit):
+    """One batch per step, and an update after `accumulate` of them or at the end of an epoch."""
+    run = {"accumulate": accumulate, "limit": limit, "several": False, "updates_per_step": 7}
+    count = min(11, limit)
+    updates = math.ceil(count / accumulate)
+    epochs = [batches(103, 10, step=epoch * updates, **run) for epoch in range(3)]
+    assert [len(epoch) for epoch in epochs] == [count] * 3 and epochs[0] != epochs[1]
+    for step in range(3 * updates):
+        left = epochs[step // updates][step % updates * accumulate :]
+        assert batches(103, 10, step=step, **run) == left
+
+
+def test_an_epoch_begins_at_its_first_batch_where_updates_are_not_counted_per_batch():
+    expected = batches(30, 10, step=2 * 3)
+    scheduler = GradientAccumulationScheduler({0: 1, 1: 2})
+    assert batches(30, 10, step=7, several=False, callbacks=[scheduler]) == expected
+    by_hand = loader(30, 10, step=7, several=False)
+    by_hand.trainer.lightning_module.automatic_optimization = False
+    by_hand.__post_init__()
+    assert [x.int().flatten().tolist() for x, _ in by_hand] == expected
+
+
+def test_a_step_of_one_batch_is_what_any_loader_yields():
+    several, one = loader(4, passes=3, updates_per_step=2)
+    assert [len(batches_of(step)) for step in (several, one)] == [2, 1]
+    assert isinstance(one, tuple) and all(batch[0] is one[0] for batch in several)
+    several, one = loader(5, 2, updates_per_step=2)
+    assert isinstance(one, tuple)
+    moved = several.to("meta")  # gathered and sent together
+    assert [(x.device.type, *x.shape, *y.shape) for x, y in moved] == [("meta", 2, 1, 2, 1)] * 2
+    assert several.to(torch.device("cpu")) is several
+
+
+def test_where_steps_end():
+    """A step ends after every `every` updates only if none of these lies within a step."""
+    for passes, k, limit in ((11, 4, math.inf), (12, 4, math.inf), (12, 5, 2), (3, 7, math.inf)):
+        run, ends = loader(2, passes=passes, updates_per_step=k, limit=limit), {0}
+        for epoch in range(60):
+            run.trainer.global_step = epoch * run.updates_per_epoch
+            for step in run:
+                ends.add(max(ends) + len(batches_of(step)))
+        for every in range(1, 25):
+            assert run.ends_step_every(every) == (set(range(0, max(ends), every)) <= ends)

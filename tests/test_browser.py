@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from urllib.request import urlopen
 
 import aiohttp
@@ -16,10 +15,10 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import LIGHTNINGS, run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no browser: chromium is not on the PATH"),
+    pytest.mark.skipif(not CHROMIUM, reason="no browser: chromium is not on the PATH"),
     pytest.mark.filterwarnings(LIGHTNINGS),
 ]
 QUIET = (
@@ -40,73 +39,47 @@ const drawn = card => seen('path.line', inside(card)).filter(p => p.getAttribute
 """
 
 
-class Browser:
-    """Chromium without a screen, driven over its DevTools protocol; a context manager."""
+async def look(port, page, expression, enough, tries=600):
+    """Return the value of `expression` on a page of TensorBoard, as soon as it is `enough`.
 
-    def __init__(self, profile):
-        self.port, self.sent = Path(profile) / "DevToolsActivePort", 0
-        self.loop = asyncio.new_event_loop()
-        self.process = subprocess.Popen(
-            [CHROMIUM, *QUIET, f"--user-data-dir={profile}", "--remote-debugging-port=0"]
-            + ["--window-size=1600,1200", "about:blank"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    def __enter__(self):
-        port = until(lambda: self.port.is_file() and self.port.read_text().split()[0])
-        self.loop.run_until_complete(self._connect(f"http://127.0.0.1:{port}/json"))
-        return self
-
-    async def _connect(self, address):
-        self.session = aiohttp.ClientSession()
-        async with self.session.get(address) as answer:
+    Chromium without a screen is driven over its DevTools protocol.
+    """
+    code, value = f"JSON.stringify((() => {{{SCRIPT} return {expression}}})())", None
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"http://127.0.0.1:{port}/json") as answer:
             pages = [page for page in await answer.json() if page["type"] == "page"]
-        self.socket = await self.session.ws_connect(pages[0]["webSocketDebuggerUrl"])
+        async with session.ws_connect(pages[0]["webSocketDebuggerUrl"]) as socket:
 
-    def __exit__(self, *exception):
-        self.loop.run_until_complete(self.session.close())
-        self.loop.close()
-        self.process.terminate()
-        self.process.wait()
+            async def call(number, method, **params):
+                await socket.send_json({"id": number, "method": method, "params": params})
+                answer = {}
+                while answer.get("id") != number:  # events of the page come in between
+                    answer = await socket.receive_json(timeout=30)
+                return answer["result"]
 
-    def call(self, method, **params):
-        """One command of the protocol, and its result."""
-        return self.loop.run_until_complete(self._call(method, params))
-
-    async def _call(self, method, params):
-        self.sent += 1
-        await self.socket.send_json({"id": self.sent, "method": method, "params": params})
-        answer = {}
-        while answer.get("id") != self.sent:  # events of the page come in between
-            answer = await self.socket.receive_json(timeout=30)
-        return answer["result"]
-
-    def look(self, page, expression, enough):
-        """The value of `expression` on a page of TensorBoard, as soon as it is `enough`."""
-        self.call("Page.navigate", url=page)
-        code = f"JSON.stringify((() => {{{SCRIPT} return {expression}}})())"
-
-        def value():
-            result = self.call("Runtime.evaluate", expression=code)["result"]
-            assert result["type"] == "string", result.get("description")
-            return json.loads(result["value"])
-
-        return until(lambda: (v := value()) and enough(v) and v, missing=value)
+            await call(0, "Page.navigate", url=page)
+            for number in range(1, tries):
+                result = (await call(number, "Runtime.evaluate", expression=code))["result"]
+                assert result["type"] == "string", result.get("description")
+                value = json.loads(result["value"])
+                if value and enough(value):
+                    return value
+                await asyncio.sleep(0.1)
+    raise AssertionError(f"after {tries / 10:.0f} s {page} shows {value}")
 
 
-def until(condition, seconds=60, missing=lambda: "nothing"):
-    """What `condition` returns once it is true."""
+def until(condition, seconds=60):
+    """Return the value of `condition` once it is true."""
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, f"after {seconds} s: {missing()}"
+        assert time.monotonic() < end, f"not true after {seconds} s"
         time.sleep(0.1)
     return value
 
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """The folder of two runs, one on each road."""
+    """The folder of two runs, one in each mode."""
     folder = tmp_path_factory.mktemp("logs")
     for name in ("parity", "parity_autograd"):
         options = {"max_steps": UPDATES, "default_root_dir": folder, "enable_progress_bar": "false"}
@@ -124,7 +97,7 @@ def board(logs, tmp_path_factory):
     with output.open("w") as file:
         process = subprocess.Popen([sys.executable, *words.split()], stdout=file, stderr=file)
     try:
-        at = until(lambda: re.search(r"http://\S+/", output.read_text()), missing=output.read_text)
+        at = until(lambda: re.search(r"http://\S+/", output.read_text()))
         until(lambda: _last_written(at[0]))
         yield at[0]
     finally:
@@ -139,54 +112,60 @@ def _last_written(address):
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
+def browser(board, tmp_path_factory):
+    """A function that looks at a tab of TensorBoard."""
+    profile = tmp_path_factory.mktemp("profile")
+    words = [CHROMIUM, *QUIET, "--remote-debugging-port=0", f"--user-data-dir={profile}"]
+    words += ["--window-size=1600,1200", "about:blank"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    file = profile / "DevToolsActivePort"
+    try:
+        port = until(lambda: file.is_file() and file.read_text().split()[0])
+        yield lambda tab, *words: asyncio.run(look(port, f"{board}#{tab}", *words))
+    finally:
+        process.terminate()
+        process.wait()
 
 
-def test_a_chart_of_each_curve_with_both_roads(board, browser):
+def test_charts_of_the_curves_in_both_modes(browser):
     wanted = {"train/loss", "test/loss", "gradient_norm"}
-    browser.look(
-        f"{board}#scalars&tagFilter=^({'|'.join(wanted)})$",
+    browser(
+        f"scalars&tagFilter=^({'|'.join(wanted)})$",
         "seen('tf-scalar-card').map(card => [card.tag, drawn(card)])",
         lambda cards: wanted <= {tag for tag, lines in cards if lines >= len(RUNS)},
     )
-
-
-def test_train_and_test_of_both_roads_in_one_chart(board, browser):
-    (_, text), *_ = browser.look(
-        f"{board}#custom_scalars",
+    (_, text), *_ = browser(  # train and test in one chart
+        "custom_scalars",
         "seen('tf-custom-scalar-multi-line-chart-card').map(card => "
         "[drawn(card), inside(card).textContent])",
         lambda cards: cards and cards[0][0] >= 2 * len(RUNS),
     )
-    for name in RUNS:
-        assert f"train/loss ({name})" in text and f"test/loss ({name})" in text
+    assert all(f"{part}/loss ({name})" in text for name in RUNS for part in ("train", "test"))
 
 
-def test_the_pictures_are_whole(board, browser, logs):
+def test_the_pictures_are_whole(browser, logs):
     files = [imread(file) for name in RUNS for file in (logs / name).glob("pictures/*.png")]
     sizes = sorted([picture.shape[1], picture.shape[0]] for picture in files)
     assert sizes
-    browser.look(
-        f"{board}#images",
+    browser(
+        "images",
         "seen('img', inside(deep('tf-image-dashboard', document)[0]))"
         ".map(image => [image.naturalWidth, image.naturalHeight])",
         lambda shown: sorted(shown) == sizes,
     )
 
 
-def test_histograms_of_the_weights(board, browser):
-    browser.look(
-        f"{board}#histograms",
+def test_histograms_of_the_weights(browser):
+    browser(
+        "histograms",
         "seen('path.outline', inside(deep('tf-histogram-dashboard', document)[0])).length",
         lambda outlines: outlines >= 2 * len(RUNS),  # before and after
     )
 
 
-def test_a_row_of_hyperparameters_with_the_final_metrics(board, browser, logs):
-    cells = browser.look(
-        f"{board}#hparams",
+def test_a_row_of_hyperparameters_with_the_final_metrics(browser, logs):
+    cells = browser(
+        "hparams",
         "seen('vaadin-grid-cell-content').map(cell => cell.textContent.trim())",
         lambda cells: set(RUNS) <= set(cells),
     )

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, refused when they are not ours, gone on from to the bit."""
+"""Checkpoints: written whole, refused if not ours, continued to the bit."""
 
 import io
 import math
@@ -13,13 +13,13 @@ import pytest
 import torch
 from conftest import counted
 from test_cli import LIGHTNINGS, run
-from test_kills import COMPARED, assert_equal, curves
-from test_roads import RandomRows
+from test_kills import assert_equal, curves
+from test_modes import RandomRows
 
 import lightning_gd
 from lightning_gd import LinearRegression, PointsData, RidgeRegression
-from lightning_gd.checkpoints import RunCheckpoint, SafeCheckpointIO
-from lightning_gd.loading import OURS, read
+from lightning_gd.callbacks.run_checkpoint import RunCheckpoint
+from lightning_gd.checkpoints import OURS, SafeCheckpointIO, read
 from lightning_gd.logger import RunLogger
 
 pytestmark = pytest.mark.filterwarnings(LIGHTNINGS)
@@ -66,13 +66,27 @@ def pickled_code(checkpoint, file):
     file.write_bytes(pickle.dumps(Code(), protocol=2))
 
 
-def cut(share, zipped=True):
+def with_class_path(checkpoint, file):
+    call = {"class_path": "os.mkdir", "init_args": {"path": "ran"}}
+    hyper_parameters = {**checkpoint["hyper_parameters"], "optimizer_args": {"x": call}}
+    instantiator = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    torch.save({**checkpoint, "hyper_parameters": {**hyper_parameters, **instantiator}}, file)
+
+
+def cut(fraction, zipped=True):
     def write(checkpoint, file):
         whole = io.BytesIO()
         torch.save(checkpoint, whole, _use_new_zipfile_serialization=zipped)
-        file.write_bytes(whole.getvalue()[: int(len(whole.getvalue()) * share)])
+        file.write_bytes(whole.getvalue()[: int(len(whole.getvalue()) * fraction)])
 
     return write
+
+
+def flipped(checkpoint, file):
+    torch.save(checkpoint, file)
+    content, weight = bytearray(file.read_bytes()), checkpoint["state_dict"]["weight"]
+    content[content.index(weight.numpy().tobytes())] ^= 1
+    file.write_bytes(content)
 
 
 def changed(**entries):
@@ -84,26 +98,26 @@ def stamped(**entries):
 
 
 DAMAGED, NOT_OURS = "is damaged, cut off, or no checkpoint", "was not written by lightning_gd"
+VERSIONS = r"has format {} of lightning_gd {}, and this is lightning_gd [\d.]+, which reads 2"
 RIDGE = "lightning_gd.models.ridge.RidgeRegression"
 
 # How each is written, and what its refusal must say.
 FOREIGN = {
     "code, zip": (with_code, "would run posix.mkdir"),
-    "code, legacy": (with_code_legacy, "would run posix.mkdir"),
-    "code, bare pickle": (pickled_code, "would run posix.mkdir"),
+    "code, legacy": (with_code_legacy, DAMAGED),
+    "code, bare pickle": (pickled_code, DAMAGED),
+    "code, by name": (with_class_path, "its settings hold a class_path"),
     "zip cut near its end": (cut(0.99), DAMAGED),
     "zip cut in half": (cut(0.5), DAMAGED),
     "zip cut at its start": (cut(0.001), DAMAGED),
-    "legacy cut near its end": (cut(0.99, zipped=False), DAMAGED),
+    "a flipped bit": (flipped, DAMAGED),
     "legacy cut in half": (cut(0.5, zipped=False), DAMAGED),
     "empty": (cut(0), DAMAGED),
     "text": (lambda checkpoint, file: file.write_text("model: another\n"), DAMAGED),
     "a tensor": (lambda checkpoint, file: torch.save(torch.zeros(3), file), NOT_OURS),
     "another program's": (changed(**{OURS: None}), NOT_OURS),
-    "a newer format": (
-        stamped(format=2, version="9.0"),
-        r"has format 2 of lightning_gd 9.0, and this is lightning_gd [\d.]+, which reads 1",
-    ),
+    "a newer format": (stamped(format=3, version="9.0"), VERSIONS.format(3, "9.0")),
+    "version 0.1.0": (stamped(format=1, version="0.1.0"), VERSIONS.format(1, "0.1.0")),
     "another model": (
         stamped(model=RIDGE),
         f"is of {RIDGE}, the model is lightning_gd.models.linear.LinearRegression",
@@ -202,21 +216,49 @@ def test_load_gives_the_model_back(good):
 # Writing
 
 
-def test_a_full_disk_leaves_the_last_good_file(tmp_path):
-    io_plugin, file = SafeCheckpointIO(), tmp_path / "last.ckpt"
-    io_plugin.save_checkpoint({"n": 1}, file)
-    before = file.read_bytes()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_full_disk_leaves_the_last_good_file(tmp_path, make_trainer):
+    trainer, file = make_trainer(max_steps=1, **saving(tmp_path)), tmp_path / "last.ckpt"
+    trainer.fit(LinearRegression(), datamodule=PointsData())
+    assert isinstance(trainer.strategy.checkpoint_io, SafeCheckpointIO)
+    before, limit = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
     try:
         with pytest.raises(OSError, match="last.ckpt was not written.*File too large.*untouched"):
-            io_plugin.save_checkpoint({"n": 2}, file)
+            trainer.save_checkpoint(file)
         with pytest.raises(OSError, match="new.ckpt was not written.*there is none yet"):
-            io_plugin.save_checkpoint({"n": 2}, tmp_path / "new.ckpt")
+            trainer.save_checkpoint(tmp_path / "new.ckpt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert [f.name for f in tmp_path.iterdir()] == ["last.ckpt"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
     assert file.read_bytes() == before
+
+
+# Continuing in the same process, from every checkpoint that a run writes
+
+STEP = {"scheduler": "StepLR", "scheduler_args": {"step_size": 2, "gamma": 0.9}}
+PLATEAU = {"scheduler": "ReduceLROnPlateau", "scheduler_args": {"patience": 0, "factor": 0.5}}
+BY_UPDATE = {**PLATEAU, "scheduler_interval": "update"}
+VALIDATED = {"batch_size": 5, "num_val": 3}  # 4 batches an epoch
+HALVES = {"batch_size": 2, "num_val": 3}
+BY_STEPS = {"max_steps": 20, "check_val_every_n_epoch": None, "val_check_interval": 3}
+
+# Data, model and Trainer.
+CASES = {
+    "full": ({"passes_per_epoch": 6, "updates_per_step": 2}, {}, {"max_steps": 20}),
+    "moments": ({"passes_per_epoch": 6, "moments": True}, {}, {"max_steps": 20}),
+    "mini, steps": ({"batch_size": 8}, STEP, {"max_steps": 20}),
+    "mini, epochs": ({"batch_size": 8}, STEP, {"max_epochs": 6}),
+    "several": ({"batch_size": 2, "updates_per_step": 4}, STEP, {"max_steps": 40}),
+    "validation": (VALIDATED, STEP, {"max_epochs": 5}),
+    "validation within": (HALVES, STEP, {"max_epochs": 3, "val_check_interval": 3}),
+    "validation halfway": (HALVES, STEP, {"max_epochs": 3, "val_check_interval": 0.5}),
+    "validation each second": (VALIDATED, STEP, {"max_epochs": 6, "check_val_every_n_epoch": 2}),
+    "validation by steps": (VALIDATED, STEP, BY_STEPS),
+    "plateau": (VALIDATED, PLATEAU, {"max_epochs": 5}),
+    "plateau by updates": ({"batch_size": 5}, BY_UPDATE, {"max_epochs": 4}),
+    "limited": ({"batch_size": 3}, STEP, {"max_epochs": 4, "limit_train_batches": 4}),
+    "accumulated": ({"batch_size": 3}, {"accumulate_grad_batches": 3}, {"max_epochs": 4}),
+}
 
 
 def saving(folder, **settings):
@@ -225,61 +267,11 @@ def saving(folder, **settings):
     return {"callbacks": [checkpoint], "enable_checkpointing": True, "num_sanity_val_steps": 0}
 
 
-def test_a_trainer_of_the_users_own_writes_and_loads_safely(make_trainer, tmp_path):
-    trainer = make_trainer(max_steps=2, **saving(tmp_path))
-    trainer.fit(LinearRegression(), datamodule=PointsData())
-    assert isinstance(trainer.strategy.checkpoint_io, SafeCheckpointIO)
-    assert sorted(file.name for file in tmp_path.glob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
-
-
-def test_settings_without_a_plain_form_are_left_out(make_trainer, tmp_path):
-    class Odd(PointsData):
-        def __init__(self, root=None, what=None):
-            super().__init__()
-
-    trainer = make_trainer(max_steps=1, **saving(tmp_path))
-    trainer.fit(LinearRegression(), datamodule=Odd(root=tmp_path, what=object()))
-    kept = read(tmp_path / "last.ckpt")["datamodule_hyper_parameters"]
-    assert kept["root"] == str(tmp_path) and "what" not in kept
-
-
-# Going on in the same process, from every checkpoint that a run writes
-
-STEP = {"scheduler": "StepLR", "scheduler_args": {"step_size": 2, "gamma": 0.9}}
-PLATEAU = {"scheduler": "ReduceLROnPlateau", "scheduler_args": {"patience": 0, "factor": 0.5}}
-VALIDATED = {"batch_size": 5, "num_val": 3}  # 4 batches an epoch
-HALVES = {"batch_size": 2, "num_val": 3}
-
-# Data, model and Trainer.
-CASES = {
-    "full": ({"passes_per_epoch": 6}, {}, {"max_steps": 20}),
-    "moments": ({"passes_per_epoch": 6}, {"moments": True}, {"max_steps": 20}),
-    "mini, steps": ({"batch_size": 8}, STEP, {"max_steps": 20}),
-    "mini, epochs": ({"batch_size": 8}, STEP, {"max_epochs": 6}),
-    "validation": (VALIDATED, STEP, {"max_epochs": 5}),
-    "validation within": (HALVES, STEP, {"max_epochs": 3, "val_check_interval": 3}),
-    "validation halfway": (HALVES, STEP, {"max_epochs": 3, "val_check_interval": 0.5}),
-    "validation each second": (VALIDATED, STEP, {"max_epochs": 6, "check_val_every_n_epoch": 2}),
-    "validation by updates": (
-        VALIDATED,
-        STEP,
-        {"max_steps": 20, "check_val_every_n_epoch": None, "val_check_interval": 3},
-    ),
-    "plateau": (VALIDATED, PLATEAU, {"max_epochs": 5}),
-    "plateau by updates": (
-        {"batch_size": 5},
-        {**PLATEAU, "scheduler_interval": "update"},
-        {"max_epochs": 4},
-    ),
-    "limited": ({"batch_size": 3}, STEP, {"max_epochs": 4, "limit_train_batches": 4}),
-    "accumulated": ({"batch_size": 3}, {"accumulate_grad_batches": 3}, {"max_epochs": 4}),
-}
-
-
 class Keep(SafeCheckpointIO):
     """Keeps a copy of every `last.ckpt`."""
 
-    def __init__(self, folder):
+    def __init__(self, model, folder):
+        super().__init__(model)
         self.folder, self.files = folder, []
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
@@ -289,33 +281,33 @@ class Keep(SafeCheckpointIO):
             shutil.copy(path, self.files[-1])
 
 
-def fit(make_trainer, root, case, road, every, start=None, **plugins):
+def fit(make_trainer, root, case, mode, every, start=None, keep=None):
     """Train, into `root/run/version_0`; the Trainer, and that folder."""
     data, settings, limits = case
-    if settings.get("accumulate_grad_batches") and road == "autograd":
+    if settings.get("accumulate_grad_batches") and mode == "autograd":
         settings, limits = {}, {**limits, **settings}
     logger = RunLogger(str(root), "run", 0)
     if start is not None:
-        logger.cut(read(start)[OURS]["events"])
+        logger.cut(*read(start)["curve_files"])
     checkpoints = saving(Path(logger.log_dir, "checkpoints"), every_n_updates=every)
-    trainer = make_trainer(logger=logger, **checkpoints, **limits, **plugins)
-    with trainer.init_module():
-        model = LinearRegression(
-            num_features=3, start="uniform", lr=0.02, momentum=0.9, gradient=road, **settings
-        )
+    line = {"num_features": 3, "start": "uniform", "lr": 0.02, "momentum": 0.9, "gradient": mode}
+    model = LinearRegression(**line, **settings).double()
+    plugins = None if keep is None else [Keep(model, keep)]
+    trainer = make_trainer(logger=logger, plugins=plugins, **checkpoints, **limits)
     trainer.fit(model, datamodule=RandomRows(**data), ckpt_path=start)
     return trainer, Path(logger.log_dir)
 
 
 def end_of(folder):
     last_one, best = (read(folder / "checkpoints" / f"{name}.ckpt") for name in ("last", "best"))
-    kept = {name: last_one[name] for name in COMPARED}
-    return {**kept, "best": best["state_dict"], "curves": curves(folder)}
+    names = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+    kept = {name: last_one[name] for name in names}
+    unfinished = last_one["callbacks"]["RunHooks"]
+    return {**kept, "best": best["state_dict"], "mean": unfinished, "curves": curves(folder)}
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # it goes on
 @pytest.mark.parametrize(
-    ("road", "every"),
+    ("mode", "every"),
     [
         ("explicit", 2),
         ("explicit", None),
@@ -326,21 +318,20 @@ def end_of(folder):
     ],
 )
 @pytest.mark.parametrize("case", CASES)
-def test_going_on_from_every_checkpoint(make_trainer, tmp_path, case, road, every):
-    if case == "moments" and road == "autograd":
-        pytest.skip("moments are for the explicit road")
-    keep = Keep(tmp_path)
-    trainer, folder = fit(make_trainer, tmp_path / "all", CASES[case], road, every, plugins=[keep])
-    expected = end_of(folder)
-    assert expected["global_step"] == trainer.global_step and len(keep.files) >= 2
-    for file in keep.files if every == 1 else keep.files[1:-1:4]:
+def test_continuing_from_every_checkpoint(make_trainer, tmp_path, case, mode, every):
+    per_step = CASES[case][0].get("updates_per_step", 1)
+    if every is not None and mode == "explicit":
+        every = max(every, per_step)  # checkpoints are written between steps
+    trainer, folder = fit(make_trainer, tmp_path / "all", CASES[case], mode, every, keep=tmp_path)
+    files, expected = trainer.strategy.checkpoint_io.files, end_of(folder)
+    assert expected["global_step"] == trainer.global_step and len(files) >= 2
+    for file in files if every == 1 else files[1:-1:4]:
         root = tmp_path / file.stem
         again = root / "run" / "version_0"
         shutil.copytree(folder, again)  # with the curves past the checkpoint, as a kill leaves them
-        shutil.copy(file, again / "checkpoints" / "last.ckpt")
-        start = str(again / "checkpoints" / "last.ckpt")
+        start = str(shutil.copy(file, again / "checkpoints" / "last.ckpt"))
         assert_equal(
-            end_of(fit(make_trainer, root, CASES[case], road, every, start)[1]), expected, file.stem
+            end_of(fit(make_trainer, root, CASES[case], mode, every, start)[1]), expected, file.stem
         )
 
 
@@ -350,9 +341,7 @@ def test_a_finished_run_is_extended_as_if_it_had_been_longer(make_trainer, tmp_p
         case = (*CASES["mini, steps"][:2], {"max_steps": steps})  # 3 batches an epoch
         ends[steps] = fit(make_trainer, tmp_path / str(steps), case, "explicit", None)[1]
     start = str(ends[7] / "checkpoints" / "last.ckpt")
-    root = tmp_path / "7"
-    with pytest.warns(UserWarning, match="exists and is not empty"):
-        folder = fit(make_trainer, root, CASES["mini, steps"], "explicit", None, start)[1]
+    folder = fit(make_trainer, tmp_path / "7", CASES["mini, steps"], "explicit", None, start)[1]
     longer, straight = end_of(folder), end_of(ends[20])
     for name in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "curves"):
         assert_equal(longer[name], straight[name], name)
@@ -361,13 +350,24 @@ def test_a_finished_run_is_extended_as_if_it_had_been_longer(make_trainer, tmp_p
 def test_last_is_the_last_and_best_the_best(make_trainer, tmp_path):
     """With a rate so large that the validation loss climbs from the first epoch on."""
     trainer = make_trainer(max_epochs=4, **saving(tmp_path))
-    with trainer.init_module():
-        model = LinearRegression(num_features=3, start="uniform", lr=0.02, momentum=0.99)
+    model = LinearRegression(num_features=3, start="uniform", lr=0.02, momentum=0.99).double()
     losses = []
     model.on_validation_end = lambda: losses.append(trainer.callback_metrics["val/loss"].item())
     trainer.fit(model, datamodule=RandomRows(**VALIDATED))
     best, final = (read(tmp_path / f"{name}.ckpt")["epoch"] for name in ("best", "last"))
     assert final == 3 and best == losses.index(min(losses)) < 3
+
+
+def test_typed_rates_reach_the_optimizer_and_its_schedule(make_trainer, tmp_path):
+    data, settings, limits = CASES["mini, epochs"]
+    folder = fit(make_trainer, tmp_path, (data, settings, {"max_epochs": 2}), "explicit", None)[1]
+    trainer = make_trainer(**limits, **saving(tmp_path / "again"))
+    model = LinearRegression(num_features=3, lr=0.04, momentum=0.5, **settings).double()
+    file = folder / "checkpoints" / "last.ckpt"
+    trainer.fit(model, datamodule=RandomRows(**data), ckpt_path=file)
+    (group,) = trainer.optimizers[0].param_groups
+    assert group["momentum"] == 0.5
+    assert group["lr"] == pytest.approx(0.04 * 0.9**3, rel=1e-12)  # 6 epochs, a step each second
 
 
 # Whose settings win
@@ -408,19 +408,21 @@ def test_the_settings_of_the_checkpoint_win_over_the_experiment(tmp_path):
     assert sorted(path.name for path in (tmp_path / "linear").iterdir()) == ["version_0"]
 
 
-def test_what_is_typed_wins_and_is_named(root):
-    status, line, _ = resume(root, "--model.lr", "0.02")
-    named = "typed: model.lr 0.02 instead of 0.01 of the checkpoint"
+TYPED = {
+    "model.lr": ("0.02", "0.01", after(*3 * [0.01], *3 * [0.02])),
+    "model.gradient": ("autograd", "explicit", after(*6 * [0.01])),
+    "data.updates_per_step": ("2", "10", after(*6 * [0.01])),
+}
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_what_is_typed_wins_and_is_named(root, name):
+    value, old, end = TYPED[name]
+    status, line, _ = resume(root, f"--{name}", value)
+    named = f"typed: {name} {value} instead of {old} of the checkpoint"
     assert status == 0 and line == f"from {last(root)}, update 3; {named}"
-    assert weight(root) == after(*3 * [0.01], *3 * [0.02])
+    assert weight(root) == end and read(last(root))["global_step"] == 6
     assert sorted(curves(last(root).parents[1])["train/loss"]) == list(range(7))
-
-
-def test_the_road_may_change(root):
-    status, line, _ = resume(root, "--model.gradient", "autograd")
-    assert status == 0 and "typed: model.gradient autograd instead of explicit" in line
-    assert read(last(root))["global_step"] == 6
-    assert weight(root) == after(*6 * [0.01])
 
 
 CHANGES = {
@@ -449,17 +451,3 @@ def test_a_folder_or_another_checkpoint_of_a_run(root):
     assert status == 0 and "update 3; in a new run folder" in output
     assert read(last(root))["global_step"] == 3  # the old run stays as it is
     assert f"from {last(root, 2)}, update 6" in resume(root)[1]
-
-
-def test_typed_rates_reach_the_optimizer_and_its_schedule(make_trainer, tmp_path):
-    data, settings, limits = CASES["mini, epochs"]
-    short = (data, settings, {"max_epochs": 2})
-    folder = fit(make_trainer, tmp_path, short, "explicit", None)[1]
-    trainer = make_trainer(**limits, **saving(tmp_path / "again"))
-    with trainer.init_module():
-        model = LinearRegression(num_features=3, lr=0.04, momentum=0.5, **settings)
-    file = folder / "checkpoints" / "last.ckpt"
-    trainer.fit(model, datamodule=RandomRows(**data), ckpt_path=file)
-    (group,) = trainer.optimizers[0].param_groups
-    assert group["momentum"] == 0.5
-    assert group["lr"] == pytest.approx(0.04 * 0.9**3, rel=1e-12)  # 6 epochs, a step each second

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -13,13 +14,14 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_gd
-from lightning_gd import MNISTParityData
+from lightning_gd import MNISTParityData, resume
 from lightning_gd.cli import EXPERIMENTS, UsageError, experiments, main, resolve
 
-NAMES = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
+NAMES = experiments()
 # Lightning calls what jsonargparse 4.49 deprecates.
 LIGHTNINGS = r"ignore:\s*.*(was deprecated in v4|only one JsonargparseDeprecation)"
 pytestmark = pytest.mark.filterwarnings(LIGHTNINGS)
@@ -37,6 +39,7 @@ def run(*argv):
         patch.setattr(sys, "argv", ["train.py"])
         patch.setattr(sys, "path", [*sys.path])
         patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setenv(resume.FOUND, "")
         status = main([str(word) for word in argv])
     return status, out.getvalue(), err.getvalue()
 
@@ -52,34 +55,40 @@ def three_updates(tmp_path, monkeypatch):
 
 @pytest.fixture
 def built(monkeypatch):
-    """The Trainer, model and DataModule that `fit` would have run."""
+    """The Trainer, model and data that `fit` would have run."""
     found = {}
-    monkeypatch.setattr(
-        Trainer, "fit", lambda trainer, model, **rest: found.update(trainer=trainer, model=model)
-    )
-    monkeypatch.setattr(
-        "lightning_gd.lightning_cli.CommandLine.before_fit",
-        lambda cli: found.update(data=cli.datamodule),
-    )
+
+    def fit(trainer, model, datamodule, **_):
+        found.update(trainer=trainer, model=model, data=datamodule)
+        found["callbacks"] = [type(callback).__name__ for callback in trainer.callbacks]
+
+    monkeypatch.setattr(Trainer, "fit", fit)
     return found
 
 
 # What the user typed, completed
 
-END = ["--test_after_fit", "false"]
+BARE, END = ["--test_after_fit", "true"], ["--test_after_fit", "false"]
+OPTIONS = ["--model.lr", "1"]
 RESOLVED = {
-    "nothing": ([], "fit", ["parity"], ["--test_after_fit", "true"]),
-    "options": (
-        ["--model.lr", "1", "--config", "linear"],
-        "fit",
-        ["linear"],
-        ["--test_after_fit", "true", "--model.lr", "1"],
-    ),
+    "nothing": ([], "fit", ["parity"], BARE),
+    "options": ([*OPTIONS, "--config", "linear"], "fit", ["linear"], [*BARE, *OPTIONS]),
     "a verb": (["fit"], "fit", ["parity"], END),
     "name with =": (["fit", "--config=linear"], "fit", ["linear"], END),
     "short": (["test", "-c", "linear", "--data.seed=3"], "test", ["linear"], ["--data.seed=3"]),
     "two": (["fit", "--config", "linear", "-c=parity"], "fit", ["linear", "parity"], END),
     "traceback": (["predict", "--traceback"], "predict", ["parity"], []),
+}
+# Where no --config is typed: options, whose defaults apply, and the folder of the logs.
+DEFAULTS = {
+    "own model": (["--model", "mine.Model"], "parity", "Model"),
+    "own model and data": (["--model=mine.Model", "--data", "mine.Data"], "plain", "Model"),
+    "own data": (["--data", "mine.Data"], "parity", "parity"),
+    "the experiment's model": (["--model", "lightning_gd.ParityRegressor"], "parity", "parity"),
+    "a model of that name": (["--model", "mine.ParityRegressor"], "parity", "ParityRegressor"),
+    "table": (["--model", "LinearRegression", "--data=TableData"], "table", "table"),
+    "ridge, table": (["--model", "RidgeRegression", "--data", "TableData"], "table", None),
+    "own model, table": (["--model", "mine.Model", "--data", "TableData"], "plain", "Model"),
 }
 
 
@@ -87,6 +96,12 @@ RESOLVED = {
 def test_resolve(words, verb, names, rest):
     configs = [word for name in names for word in ("--config", path_of(name))]
     assert resolve(words) == [verb, "--experiment", names[-1], *configs, *rest]
+
+
+@pytest.mark.parametrize("words, experiment, folder", DEFAULTS.values(), ids=DEFAULTS)
+def test_defaults_are_of_the_experiment_that_fits(words, experiment, folder):
+    start = ["--experiment", folder or words[1], "--config", path_of(experiment)]
+    assert resolve(["test", *words]) == ["test", *start, *words]
 
 
 def test_resolve_takes_paths_and_leaves_help_alone(tmp_path, monkeypatch):
@@ -98,35 +113,28 @@ def test_resolve_takes_paths_and_leaves_help_alone(tmp_path, monkeypatch):
     assert resolve(["validate", "--help"]) == ["validate", "--help"]
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["fitt"], "unknown verb 'fitt': did you mean 'fit'? known: fit, validate, test, predict"),
-        (["xyz"], "unknown verb 'xyz': known: fit, validate, test, predict"),
-        (["--config", "liner"], "unknown experiment 'liner': did you mean 'linear'? known: "),
-        (["fit", "--config=partiy"], "unknown experiment 'partiy': did you mean 'parity'? known:"),
-        (["--config"], "unknown experiment '': known: "),
-        (["--config", "no/such"], "--config no/such: there is no such file"),
-        (["--config", "no.yaml"], "--config no.yaml: there is no such file"),
-    ],
-)
-def test_unknown_names_offer_the_nearest(words, message):
+UNKNOWN = {
+    "fitt": "unknown verb 'fitt': did you mean 'fit'? known: fit, validate, test, predict",
+    "xyz": "unknown verb 'xyz': known: fit, validate, test, predict",
+    "--config liner": "unknown experiment 'liner': did you mean 'linear'? known: ",
+    "fit --config=partiy": "unknown experiment 'partiy': did you mean 'parity'? known: ",
+    "--config": "unknown experiment '': known: " + ", ".join(NAMES),
+    "--config no/such": "--config no/such: there is no such file",
+    "--config no.yaml": "--config no.yaml: there is no such file",
+}
+
+
+@pytest.mark.parametrize("words", UNKNOWN)
+def test_unknown_names_offer_the_nearest(words):
     with pytest.raises(UsageError) as error:
-        resolve(words)
-    assert str(error.value).startswith(message)
-    if message.endswith("known: "):
-        assert str(error.value).endswith(", ".join(NAMES))
+        resolve(words.split())
+    assert str(error.value).startswith(UNKNOWN[words])
 
 
 # Experiments
 
 
-def test_the_experiments_that_are_shipped():
-    wanted = {"parity", "parity_autograd", "parity_full", "parity_minibatch"}
-    assert wanted | {"linear", "linear_autograd"} <= set(NAMES) == set(experiments())
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "plain"])
 def test_every_experiment_builds(built, tmp_path, name):
     status, _, err = run("fit", "--config", name, "--trainer.default_root_dir", tmp_path)
     assert (status, err) == (0, "")
@@ -135,16 +143,17 @@ def test_every_experiment_builds(built, tmp_path, name):
     written = yaml.safe_load(text)
     for part in ("model", "data"):
         assert type(built[part]).__name__ == written[part]["class_path"].split(".")[-1]
-    for key, value in written["model"]["init_args"].items():
-        assert built["model"].hparams[key] == value
+        for key, value in written[part]["init_args"].items():
+            assert built[part].hparams[key] == value
     for key, value in written["trainer"].items():
         if key.startswith("max"):
             assert getattr(built["trainer"], key) == value
     assert ("autograd" in name) == built["model"].automatic_optimization
+    assert built["data"].updates_per_step > 1  # shipped fast
 
 
 @pytest.mark.parametrize("name", ["linear", "parity"])
-def test_the_roads_differ_by_one_word(name):
+def test_the_modes_differ_by_one_word(name):
     one, other = (yaml.safe_load(Path(path_of(n)).read_text()) for n in (name, f"{name}_autograd"))
     assert one["model"]["init_args"].pop("gradient") == "explicit"
     assert other["model"]["init_args"].pop("gradient") == "autograd"
@@ -158,6 +167,57 @@ def test_what_is_typed_wins(built, three_updates):
     assert built["model"].hparams["lr"] == 0.3 and built["trainer"].max_steps == 7
     built["data"].setup("fit")
     assert built["data"].tables["train"].x.tolist() == [[1], [2]]
+
+
+# Callbacks
+
+SWITCHED = {
+    "pictures": "Pictures",
+    "gradient_check": "GradientCheck",
+    "curvature_report": "CurvatureReport",
+    "test_curve": "TestCurve",
+    "histograms": "WeightHistograms",
+    "coefficients": "Coefficients",
+    "predictions": "Predictions",
+    "end_table": "EndTable",
+    "checkpoint": "RunCheckpoint",
+    "progress_bar": "UpdateProgressBar",
+}
+
+
+def test_every_callback_is_on_and_can_be_switched_off(built, tmp_path, three_updates):
+    assert run("fit", "--config", "linear")[0] == 0
+    on = set(built["callbacks"])
+    assert set(SWITCHED.values()) <= on
+    Path("off.yaml").write_text("".join(f"{key}: null\n" for key in SWITCHED))
+    typed = [word for key in SWITCHED for word in (f"--{key}", "null")]
+    for words in (typed, ["--config", "off.yaml"]):
+        status, _, err = run("fit", "--config", "linear", *words)
+        assert (status, err) == (0, "")
+        assert on - set(built["callbacks"]) == set(SWITCHED.values())
+        assert not built["trainer"].checkpoint_callbacks  # nor Lightning's own in its place
+        assert built["trainer"].progress_bar_callback is None
+
+
+def test_arguments_of_a_callback(built, three_updates):
+    Path("set.yaml").write_text("checkpoint: {every_n_updates: 20}\npictures: null\n")
+    typed = ["--gradient_check.on_error", "warn", "--config", "set.yaml"]
+    status, _, err = run("fit", *three_updates, *typed)
+    assert (status, err) == (0, "") and "Pictures" not in built["callbacks"]
+    assert built["trainer"].checkpoint_callback.every_n_updates == 20
+    (check,) = (c for c in built["trainer"].callbacks if type(c).__name__ == "GradientCheck")
+    assert check.on_error == "warn"
+
+
+def test_help_shows_all_options():
+    status, out, _ = run("fit", "--help")
+    text = " ".join(out.split())
+    assert status == 0
+    for key in SWITCHED:
+        assert f"--{key} " in text and f"--{key}.NAME sets an argument" in text
+    assert "Save the last after every so many updates" in text  # from a docstring
+    for option in ("--trainer.max_steps", "--model", "--data", "--ckpt_path", "--experiment"):
+        assert option in text
 
 
 # Runs
@@ -186,7 +246,7 @@ def test_a_run_without_a_verb(three_updates, tmp_path):
         assert words in out
     folder = tmp_path / "linear" / "version_0"
     checkpoints = sorted((folder / "checkpoints").iterdir())
-    assert [path.name[:4] for path in checkpoints] == ["best", "last"]
+    assert [path.name for path in checkpoints] == ["best.ckpt", "last.ckpt"]
     for checkpoint in checkpoints:  # float32
         assert weight_in(checkpoint) == pytest.approx(WEIGHT, rel=1e-6)
         assert checkpoint.name in out
@@ -200,14 +260,14 @@ def test_a_run_without_a_verb(three_updates, tmp_path):
 
 
 def test_the_resolved_config_runs_again(three_updates, tmp_path):
-    assert run("fit", *three_updates, "--model.momentum", "0.5")[0] == 0
+    assert run("fit", *three_updates, "--model.momentum", "0.5", "--pictures", "null")[0] == 0
     first, second = (tmp_path / "linear" / f"version_{k}" for k in (0, 1))
     config = yaml.safe_load((first / "config.yaml").read_text())
     assert config["model"]["init_args"]["momentum"] == 0.5 and config["experiment"] == "linear"
+    assert config["pictures"] is None
     status, _, err = run("fit", "--config", first / "config.yaml")
     assert (status, err) == (0, "")
-    again = yaml.safe_load((second / "config.yaml").read_text())
-    assert again == config
+    assert yaml.safe_load((second / "config.yaml").read_text()) == config
     ends = [weight_in(folder / "checkpoints" / "last.ckpt") for folder in (first, second)]
     assert ends[0] == ends[1]
 
@@ -215,7 +275,7 @@ def test_the_resolved_config_runs_again(three_updates, tmp_path):
 def test_the_verbs(three_updates, tmp_path, monkeypatch):
     predicted, predict = [], Trainer.predict
 
-    @functools.wraps(predict)  # LightningCLI makes options of its arguments
+    @functools.wraps(predict)
     def keeping(*args, **settings):
         predicted.extend(predict(*args, **settings) or [])
 
@@ -233,6 +293,9 @@ def test_the_verbs(three_updates, tmp_path, monkeypatch):
 
 
 OWN = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from lightning.pytorch import LightningDataModule
 from lightning_gd import LinearRegression
 
 class Ridge(LinearRegression):
@@ -246,17 +309,62 @@ class Ridge(LinearRegression):
     def gradients(self, x, y):
         g = super().gradients(x, y)
         return {**g, "weight": g["weight"] + 2 * self.alpha * self.weight}
+
+class Line(LightningDataModule):
+    def __init__(self, rows: int = 200, batch_size: int = 7):
+        super().__init__()
+        self.rows, self.batch_size = rows, batch_size
+
+    def train_dataloader(self):
+        x = torch.linspace(-1, 1, self.rows)
+        return DataLoader(TensorDataset(x[:, None], 2 * x), self.batch_size)
 """
 
 
-def test_a_model_of_the_users_own(three_updates, tmp_path, monkeypatch):
+@pytest.fixture
+def own(tmp_path, monkeypatch):
     (tmp_path / "own_models.py").write_text(OWN)
     monkeypatch.delitem(sys.modules, "own_models", raising=False)
+
+
+def test_a_model_of_the_users_own(own, three_updates, tmp_path):
     status, out, err = run("--model", "own_models.Ridge", "--model.alpha", 2.5, *three_updates)
     assert (status, err) == (0, "") and "Ridge" in out
     weight = weight_in(tmp_path / "linear" / "version_0" / "checkpoints" / "last.ckpt")
     # L' = 15 (w − 2) + 2 · 2.5 w: the error beside w* = 1.5 shrinks by 1 − 0.01 · 20
     assert weight == pytest.approx(1.5 * (1 - 0.8**3), rel=1e-6)
+
+
+def test_own_model_and_data_start_from_plain_defaults(own, three_updates, tmp_path):
+    words = ["--model", "own_models.Ridge", "--data", "own_models.Line", "--model.num_features=1"]
+    status, out, err = run(*words, *three_updates[4:])  # no test_dataloader: only the fit
+    assert (status, err) == (0, "") and "train/loss" in out
+    last = torch.load(next(tmp_path.glob("Ridge/version_0/checkpoints/last.ckpt")))
+    assert last["global_step"] == 10 * 4  # epochs, batches of 64
+
+
+def test_started_processes_see_the_same_run(three_updates, tmp_path, monkeypatch):
+    """`last` is what it was when the first process looked, and its limits are those typed."""
+    for _ in range(2):
+        assert run("fit", *three_updates)[0] == 0
+    runs = tmp_path / "linear"
+    first = resume.find("last", runs)
+    assert first == str(runs / "version_1" / "checkpoints" / "last.ckpt")
+    (runs / "version_1").rename(runs / "version_9")  # the run that is under way
+    ask = f"from lightning_gd.resume import *; print(find('last', Path({str(runs)!r})))"
+    for rank, version in ((1, 1), (0, 9)):  # a process of this run, and another run
+        answer = process("-c", ask, LOCAL_RANK=str(rank)).stdout
+        assert answer.strip().endswith(f"version_{version}/checkpoints/last.ckpt")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "auto", "ddp_find_unused_parameters_true"])
+def test_the_timeout_of_processes(built, tmp_path, strategy):
+    words = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--process_timeout", "7"]
+    where = ["--trainer.default_root_dir", tmp_path]
+    status, _, err = run("fit", *words, *where, "--trainer.strategy", strategy)
+    assert (status, err) == (0, "")
+    found = built["trainer"].strategy
+    assert isinstance(found, DDPStrategy) and vars(found)["_timeout"].total_seconds() == 7
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +380,7 @@ def test_parity_ends_with_a_table(parity):
     out, _, curves = parity
     (accuracy,) = [line for line in out.splitlines() if "test/accuracy" in line]
     assert float(accuracy.split()[1]) >= 0.88
-    assert accuracy.split("commoner class:")[1].strip() == "0.5)"
+    assert accuracy.split("majority class:")[1].strip() == "0.5)"
     assert curves["test/accuracy"][1] == pytest.approx(float(accuracy.split()[1]), abs=1e-6)
 
 
@@ -315,34 +423,36 @@ status = main(sys.argv[1:])
 print(sorted({"torch", "lightning", "numpy", "jsonargparse"} & set(sys.modules)))
 sys.exit(status)
 """
+QUICK = {
+    "--help": (0, "usage: train.py"),
+    "-h": (0, "parity_full"),
+    "fitt": (2, "did you mean 'fit'?"),
+    "--config liner": (2, "did you mean 'linear'?"),
+    "fit --config no.yaml": (2, "no.yaml: there is no such file"),
+}
 
 
-@pytest.mark.parametrize(
-    "words, status, message",
-    [
-        (["--help"], 0, "usage: train.py"),
-        (["-h"], 0, "parity_full"),
-        (["fitt"], 2, "did you mean 'fit'?"),
-        (["--config", "liner"], 2, "did you mean 'linear'?"),
-        (["fit", "--config", "no.yaml"], 2, "no.yaml: there is no such file"),
-    ],
-)
-def test_quick_answers_do_not_import_lightning(words, status, message):
-    command = [sys.executable, "-c", LOADED, *words]
-    done = subprocess.run(command, capture_output=True, text=True)
+def process(*words, **env):
+    """A real process of Python, and what came of it."""
+    words, env = [sys.executable, *map(str, words)], {**os.environ, **env}
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, env=env)
+
+
+@pytest.mark.parametrize("words", QUICK)
+def test_quick_answers_do_not_import_lightning(words):
+    status, message = QUICK[words]
+    done = process("-c", LOADED, *words.split())
     assert done.returncode == status and done.stdout.endswith("[]\n")
     assert message in (done.stdout if status == 0 else done.stderr)
     for name in NAMES if status == 0 else ():
         assert f"  {name} " in done.stdout
 
 
-@pytest.mark.parametrize("command", [[str(SCRIPT)], ["-m", "lightning_gd"]])
+@pytest.mark.parametrize("command", [[SCRIPT], ["-m", "lightning_gd"]])
 def test_the_commands_pass_on_the_status(command):
-    done = subprocess.run([sys.executable, *command, "fitt"], capture_output=True, text=True)
+    done = process(*command, "fitt")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: unknown verb 'fitt': did you mean 'fit'? known: " + (
-        "fit, validate, test, predict\n"
-    )
+    assert done.stderr == f"error: {UNKNOWN['fitt']}\n"
 
 
 def test_the_console_script():
@@ -351,8 +461,7 @@ def test_the_console_script():
 
 
 def test_the_script_shows_a_table_and_nothing_else(three_updates, tmp_path):
-    command = [sys.executable, str(SCRIPT), *map(str, three_updates)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = process(SCRIPT, *three_updates)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert len(lines) < 25 and lines[-1].strip("─ ") == ""

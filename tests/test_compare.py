@@ -1,26 +1,15 @@
-"""Four roads, one curve: `scripts/compare.py`."""
-
-import importlib.util
-from pathlib import Path
+"""Four implementations, one curve: `scripts/compare.py`."""
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gd import comparison
-from lightning_gd.cli import UsageError
+import compare
+import comparison
+from lightning_gd.cli import EXPERIMENTS, UsageError
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "compare.py"
-
-
-@pytest.fixture(scope="module")
-def main():
-    spec = importlib.util.spec_from_file_location("compare", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+main = compare.main
 
 
 @pytest.fixture(scope="module")
@@ -28,63 +17,59 @@ def points():
     return comparison.load_problem("linear")
 
 
-def test_four_roads_are_equal_to_a_few_ulps_after_100_updates(points):
-    roads = comparison.all_roads(points, 100, "mean")
-    assert list(roads) == ["NumPy", "explicit", "autograd", "nn.Linear + SGD"]
-    for run in roads.values():
+def test_four_implementations_are_equal_to_a_few_ulps_after_100_updates(points):
+    runs = comparison.all_four(points, 100, "mean")
+    assert list(runs) == ["NumPy", "explicit", "autograd", "nn.Linear + SGD"]
+    for run in runs.values():
         # y = 2x from w = 0: H = 2/4 Σx² = 15, so w = 2(1 − 0.85ᵏ) and L = 7.5 (w − 2)² = 30·0.85²ᵏ.
-        assert run.weight[0] == pytest.approx(2 * (1 - 0.85**100), rel=1e-14)
+        assert run.theta[0] == pytest.approx(2 * (1 - 0.85**100), rel=1e-14)
         # Rounding of w (4e-16) times the slope of L: 1e-9 of the small losses at the end.
         np.testing.assert_allclose(run.losses["train"], 30 * 0.7225 ** np.arange(100), rtol=1e-8)
-    for pair, values in comparison.differences(roads).items():
+    for pair, values in comparison.differences(runs).items():
         assert max(values) <= 4, pair  # a few roundings of sums over 4 rows
 
 
-def test_four_roads_on_digits_with_bias_and_momentum():
+def test_four_implementations_on_digits_with_bias_and_momentum():
     given = comparison.load_problem("parity", lr=0.001)
     rows = {part: (x[:200], y[:200]) for part, (x, y) in given.tables.items()}
     start = torch.linspace(-0.01, 0.01, 784, dtype=torch.float64)
     problem = comparison.Problem(rows, start, torch.tensor(0.1).double(), 0.001, 0.5)
-    roads = comparison.all_roads(problem, 30, "mean")
-    for pair, values in comparison.differences(roads).items():
+    runs = comparison.all_four(problem, 30, "mean")
+    for pair, values in comparison.differences(runs).items():
         assert max(values) <= 64, pair  # sums over 784 pixels and 200 rows in another order
-    predicted = comparison.predicted_losses(problem, 30)
-    for part in ("train", "test"):
+    for part, predicted in comparison.predicted_losses(problem, 30).items():
         # Eigenvectors of a 785 × 785 matrix are good to about 1e-13.
-        np.testing.assert_allclose(predicted[part], roads["NumPy"].losses[part], rtol=1e-10)
+        np.testing.assert_allclose(predicted, runs["NumPy"].losses[part], rtol=1e-10)
 
 
 def test_the_sum_is_the_mean_at_n_times_the_rate(points):
-    roads = comparison.all_roads(points, 20, "sum")
-    fast = comparison.numpy_road(comparison.Problem(points.tables, points.weight, None, 0.04), 20)
-    assert comparison.ulps(roads[comparison.SUM].losses["train"], fast.losses["train"]) <= 4
-    for _, values in comparison.differences(comparison.coinciding(roads)).items():
-        assert max(values) <= 4
-    lesson = " ".join(comparison.sum_lesson(points, roads))
+    runs = comparison.all_four(points, 20, "sum")
+    fast = comparison.by_numpy(comparison.Problem(points.tables, points.weight, None, 0.04), 20)
+    assert comparison.ulps(runs[comparison.SUM].losses["train"], fast.losses["train"]) <= 4
+    assert max(max(values) for values in comparison.differences(runs).values()) <= 4
+    lesson = " ".join(comparison.sum_lesson(points, runs))
     # ∂L/∂w = 2/4 Σ x(−y) = −30 at w = 0; λmax = 15, so the mean is stable below 2/15.
     assert "120 instead of 30, 4 times" in lesson
     assert "0.1333" in lesson and "0.03333" in lesson
 
 
 def test_ulps_are_those_of_the_largest_magnitude():
-    a = np.array([8.0, 1e-20])
+    a, one = np.array([8.0, 1e-20]), np.array([1], np.float32)
     assert comparison.ulps(a, a) == 0
     assert comparison.ulps(a, np.array([np.nextafter(8.0, 9), 1e-20])) == 1
     assert comparison.ulps(a, np.array([8.0, 2e-20])) < 1e-4
-    one = np.float32(1)
-    assert comparison.ulps(np.array([one]), np.array([np.nextafter(one, np.float32(2))])) == 1
+    assert comparison.ulps(one, np.nextafter(one, np.float32(2))) == 1
 
 
-def test_the_script_prints_draws_and_logs(main, tmp_path, capsys):
-    assert main(["--steps", "12", "--reduction", "sum", "--out", str(tmp_path)]) == 0
+def test_the_script_prints_draws_and_logs(tmp_path, capsys):
+    for steps in ("5", "12"):  # the second comparison replaces the first
+        assert main(["--steps", steps, "--reduction", "sum", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for text in ("Train loss", "nn.Linear", "predicted", "ulps of float64", "learning rates"):
         assert text in printed
     assert (tmp_path / "compare.png").stat().st_size > 10_000
     runs = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
-    assert runs == [
-        "autograd", "explicit", "nn-linear-sgd", "numpy-sum", "numpy-sum-lr-n", "predicted"
-    ]  # fmt: skip
+    assert runs == "autograd explicit nn-linear-sgd numpy-sum numpy-sum-lr-n predicted".split()
     for run in runs:
         events = EventAccumulator(str(tmp_path / run)).Reload()
         assert events.Tags()["scalars"] == ["train/loss", "test/loss"]
@@ -93,34 +78,20 @@ def test_the_script_prints_draws_and_logs(main, tmp_path, capsys):
         assert b"train/loss" in layout and b"test/loss" in layout
 
 
-def test_a_second_comparison_replaces_the_first(main, tmp_path):
-    for steps in ("5", "3"):
-        assert main(["--steps", steps, "--out", str(tmp_path)]) == 0
-    events = EventAccumulator(str(tmp_path / "explicit")).Reload()
-    assert len(events.Scalars("train/loss")) == 3
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config", "nothing"], "--config nothing"),
+def test_wrong_arguments_are_named(tmp_path, capsys):
+    for words, message in (
+        (["--config", "nothing"], "unknown experiment 'nothing'"),
+        (["--config", "parity_mlp"], "trains ParityMLP"),
         (["--lr", "-1"], "lr=-1.0 must be a finite number above 0"),
-    ],
-)
-def test_wrong_arguments_are_named(main, tmp_path, capsys, arguments, message):
-    assert main([*arguments, "--out", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_steps_below_one_are_refused(main, capsys):
+        (["--steps", "4001"], "--steps 4001 must be at most 4000"),
+    ):
+        assert main([*words, "--out", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["--steps", "0"])
     assert "must be at least 1" in capsys.readouterr().err
-
-
-def test_what_the_roads_do_not_do_is_refused(tmp_path):
-    path = tmp_path / "adam.yaml"
-    text = (Path(comparison.EXPERIMENTS) / "linear.yaml").read_text()
-    path.write_text(text.replace("start: zeros", "optimizer: Adam"))
+    text = (EXPERIMENTS / "linear.yaml").read_text(encoding="utf-8")
+    (tmp_path / "adam.yaml").write_text(text.replace("start: zeros", "optimizer: Adam"))
     with pytest.raises(UsageError, match="optimizer='Adam'"):
-        comparison.load_problem(str(path))
+        comparison.load_problem(str(tmp_path / "adam.yaml"))
+    assert comparison.load_problem("table").lr > 0  # lr: auto

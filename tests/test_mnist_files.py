@@ -18,7 +18,6 @@ from lightning_gd import MNISTParityData
 from lightning_gd.data import mnist
 
 MNIST_ROOT = os.environ.get("MNIST_ROOT", "")
-needs_mnist = pytest.mark.skipif(not MNIST_ROOT, reason="MNIST_ROOT does not name a full MNIST")
 
 # Torchvision leaves responses open; the garbage collector closes them, here at the latest.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -30,7 +29,8 @@ def collected():
     gc.collect()
 
 
-def loaded(data):
+def load(root, **settings):
+    data = MNISTParityData(source="torchvision", root=str(root), **settings)
     data.prepare_data()
     data.setup("fit")
     return data.tables
@@ -70,12 +70,12 @@ def written(root, files):
 
 def test_files_in_a_folder(small, tmp_path):
     raw = written(tmp_path, small)
-    tables = loaded(MNISTParityData(source="torchvision", root=str(tmp_path), download=False))
+    tables = load(tmp_path, download=False)
     assert tables["train"].y.tolist() == [-1, 1] * 15 and len(tables["test"]) == 12
     pixels = np.frombuffer(small["t10k-images-idx3-ubyte"][16:], np.uint8).reshape(12, 784)
     np.testing.assert_array_equal(tables["test"].raw.numpy(), pixels)
     with pytest.raises(ValueError, match="num_train=31 .*30 .*torchvision"):
-        loaded(MNISTParityData(source="torchvision", root=str(tmp_path), num_train=31))
+        load(tmp_path, num_train=31)
     assert {path.name for path in raw.iterdir()} == set(small)
 
 
@@ -89,40 +89,32 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", mnist.RAW_FILES)
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_files_are_named(small, tmp_path, name, damage):
-    raw = written(tmp_path, {**small, name: damage(small[name])})
-    with pytest.raises(OSError, match="truncated or altered.*--data.source offline") as error:
-        loaded(MNISTParityData(source="torchvision", root=str(tmp_path)))
-    assert str(raw / name) in str(error.value)
-
-
-@pytest.mark.parametrize("missing", mnist.RAW_FILES)
-def test_missing_files_are_named(small, tmp_path, missing):
-    raw = written(tmp_path, {name: content for name, content in small.items() if name != missing})
+def test_damaged_and_missing_files_are_named(small, tmp_path, name):
+    file = written(tmp_path, small) / name
+    for damage in DAMAGE.values():
+        file.write_bytes(damage(small[name]))
+        with pytest.raises(OSError, match="truncated or altered.*--data.source offline") as error:
+            load(tmp_path)
+        assert str(file) in str(error.value)
+    file.unlink()
     with pytest.raises(FileNotFoundError, match="is missing.*--data.root") as error:
-        loaded(MNISTParityData(source="torchvision", root=str(tmp_path), download=False))
-    assert str(raw / missing) in str(error.value)
+        load(tmp_path, download=False)
+    assert str(file) in str(error.value)
 
 
 # Download: torchvision's own, from a server on loopback
 
 
-class Server(ThreadingHTTPServer):
-    def __init__(self, files, manner):
-        super().__init__(("127.0.0.1", 0), Mirror)
-        self.files, self.manner, self.asked = files, manner, []
-
-
 class Mirror(BaseHTTPRequestHandler):
-    """Serves the files of its server in the manner that the server names."""
+    """Serves `files` in the manner that the first part of the path names."""
 
-    server: Server
+    files: dict[str, bytes] = {}
+    asked: list[str] = []
 
     def do_GET(self):
-        self.server.asked.append(self.path)
-        content = self.server.files[self.path.strip("/")]
-        getattr(self, self.server.manner)(content)
+        self.asked.append(self.path)
+        _, manner, name = self.path.split("/")
+        getattr(self, manner)(self.files[name])
 
     def good(self, content, sent=None):
         self.send_response(200)
@@ -156,28 +148,22 @@ class Mirror(BaseHTTPRequestHandler):
 @pytest.fixture
 def mirrors(monkeypatch):
     """Make mirrors of the given manners the ones that torchvision knows."""
-    servers = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    dataset = torchvision.datasets.MNIST
 
-    def start(files, *manners):
-        packed = {f"{name}.gz": gzip.compress(content, 1) for name, content in files.items()}
-        resources = [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
-        for manner in manners:
-            server = Server(packed, manner)
-            Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-            servers.append(server)
-        urls = [f"http://127.0.0.1:{server.server_port}/" for server in servers]
-        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", urls)
-        monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
-        return servers
+    def know(files, *manners):
+        Mirror.files = {f"{name}.gz": gzip.compress(files[name], 1) for name in files}
+        sums = [(name, hashlib.md5(content).hexdigest()) for name, content in Mirror.files.items()]
+        monkeypatch.setattr(dataset, "resources", sums)
+        urls = [f"http://127.0.0.1:{server.server_port}/{manner}/" for manner in manners]
+        monkeypatch.setattr(dataset, "mirrors", urls)
+        Mirror.asked.clear()
+        return server
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def download(root):
-    return loaded(MNISTParityData(source="torchvision", root=str(root)))
+    yield know
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.mark.parametrize("manner", ["half", "wrong", "not_found", "forbidden", "cut", "garbage"])
@@ -185,46 +171,46 @@ def test_a_bad_download_leaves_nothing_and_the_next_mirror_is_tried(
     small, mirrors, tmp_path, manner
 ):
     root = tmp_path / "data"
-    (server,) = mirrors(small, manner)
+    mirrors(small, manner)
     with pytest.raises(ConnectionError) as error:
-        download(root)
+        load(root)
     (line,) = str(error.value).splitlines()
     assert str(root / "MNIST" / "raw") in line and line.endswith("use --data.source offline")
     assert [path for path in root.rglob("*") if not path.is_dir()] == []
-    assert not mnist._present(root) and server.asked
-    mirrors(small, "good")
-    assert len(download(root)["train"]) == 30
+    assert not mnist._present(root) and Mirror.asked
+    mirrors(small, manner, "good")
+    assert len(load(root)["train"]) == 30
+    assert {path.split("/")[1] for path in Mirror.asked} == {manner, "good"}
 
 
 def test_an_unreachable_mirror(small, mirrors, tmp_path):
-    (server,) = mirrors(small, "good")
-    server.server_close()
+    mirrors(small, "good").server_close()
     with pytest.raises(ConnectionError, match="could not be downloaded into .*data.*offline"):
-        download(tmp_path / "data")
+        load(tmp_path / "data")
 
 
 def test_a_good_download(small, mirrors, tmp_path):
-    (server,) = mirrors(small, "good")
+    mirrors(small, "good")
     raw = written(tmp_path, {"train-images-idx3-ubyte": b"half", "train-labels.gz": b"half"})
-    tables = download(tmp_path)  # three files were missing: what lay there did not count
+    tables = load(tmp_path)  # three files were missing: what lay there did not count
     assert [len(tables[part]) for part in ("train", "test")] == [30, 12]
     assert {n: (raw / n).read_bytes() for n in small} == small
     assert sorted(path.name for path in tmp_path.iterdir()) == ["MNIST"]
-    server.asked.clear()
-    download(tmp_path)
-    assert server.asked == []
+    Mirror.asked.clear()
+    load(tmp_path)
+    assert Mirror.asked == []
 
 
-@needs_mnist
+@pytest.mark.skipif(not MNIST_ROOT, reason="MNIST_ROOT does not name a full MNIST")
 def test_a_good_download_of_the_real_files(mirrors, tmp_path):
     raw = Path(MNIST_ROOT) / "MNIST" / "raw"
     mirrors({name: (raw / name).read_bytes() for name in mnist.RAW_FILES}, "good")
-    assert [len(table) for table in download(tmp_path).values()] == [60_000, 10_000]
+    assert [len(table) for table in load(tmp_path).values()] == [60_000, 10_000]
 
 
 def test_a_download_into_a_file(small, mirrors, tmp_path):
     mirrors(small, "good")
     (tmp_path / "data").write_text("mine")
     with pytest.raises(ConnectionError, match="data"):
-        download(tmp_path / "data")
+        load(tmp_path / "data")
     assert (tmp_path / "data").read_text() == "mine"

@@ -1,7 +1,9 @@
-"""Every model in `lightning_gd/models`: its formula, start values, names, roads and metrics."""
+"""Every model in `lightning_gd/models`: its formulas, start values, names and metrics."""
 
 import math
+import shutil
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,19 +11,25 @@ import torch
 from conftest import find_models
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_cli import LIGHTNINGS, run
+from test_modes import MODES, Rows, normal, train
 
+import lightning_gd
 from lightning_gd import (
     GradientDescentModule,
     LinearRegression,
+    LogisticParity,
+    Moments,
     ParityMLP,
     ParityRegressor,
     RidgeRegression,
+    check_gradients,
     models,
+    takes_moments,
 )
-from lightning_gd.data.tensors import Table, TensorDataModule
-from lightning_gd.gradcheck import check_gradients
 
 CASES = settings(max_examples=50, deadline=None)
+SEEDS = st.integers(0, 2**32 - 1)
 SIZES = st.sampled_from([1, 7]) | st.integers(1, 40)
 
 
@@ -41,24 +49,6 @@ def rebuild(model, **changes):
     return type(model)(**{**model.hparams, **changes}).double()
 
 
-@st.composite
-def problems(draw, model_class, rows=SIZES):
-    """A model in float64 with any of its settings, at its start or elsewhere, and a batch."""
-    model, x, y = model_class.example_batch()
-    changes = {name: draw(st.sampled_from(v)) for name, v in own_choices(model_class).items()}
-    shape = [draw(rows), *x.shape[1:]]
-    if "num_features" in model.hparams:
-        shape[1] = changes["num_features"] = draw(SIZES)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    moved = rebuild(model, **changes)
-    if draw(st.booleans()):
-        for parameter in trained(moved).values():
-            parameter.data += torch.randn(parameter.shape, generator=generator)
-    inputs = torch.randn(shape, generator=generator, dtype=torch.float64)
-    targets = torch.randn(shape[0], generator=generator, dtype=torch.float64)
-    return moved, inputs, targets.sign() if is_class(y) else targets
-
-
 def is_class(y):
     return bool((y.abs() == 1).all())
 
@@ -67,10 +57,20 @@ def trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def by_autograd(model, x, y):
-    wanted = trained(model)
-    found = torch.autograd.grad(model.loss(x, y), list(wanted.values()))
-    return dict(zip(wanted, found, strict=True))
+@st.composite
+def problems(draw, model_class, rows=SIZES):
+    """A model in float64 with any of its settings, at its start or elsewhere, and a batch."""
+    model, x, y = model_class.example_batch()
+    changes = {name: draw(st.sampled_from(v)) for name, v in own_choices(model_class).items()}
+    shape = [draw(rows), *x.shape[1:]]
+    if "num_features" in model.hparams:
+        shape[1] = changes["num_features"] = draw(SIZES)
+    seed, moved = draw(SEEDS), rebuild(model, **changes)
+    if draw(st.booleans()):
+        for i, parameter in enumerate(trained(moved).values()):
+            parameter.data += normal(*parameter.shape, seed=seed + i)
+    inputs, targets = normal(*shape, seed=seed + 10), normal(shape[0], seed=seed + 11)
+    return moved, inputs, targets.sign() if is_class(y) else targets
 
 
 def assert_same(found, expected):
@@ -81,29 +81,40 @@ def assert_same(found, expected):
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12 * (1 + largest))
 
 
-@CASES
-@given(st.data())
-def test_gradients_pass_the_check(model_class, data):
-    check_gradients(*data.draw(problems(model_class))).raise_if_wrong()
+# The gradient by formula, from the loss by autograd, by differences, and from moments
 
 
 @CASES
 @given(st.data())
-def test_gradients_are_those_of_autograd(model_class, data):
+def test_the_formula_is_the_gradient_of_the_loss(model_class, data):
     model, x, y = data.draw(problems(model_class))
+    check_gradients(model, x, y).raise_if_wrong()
+    loss, wanted = model.loss(x, y), trained(model)
+    truth = dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
     with torch.no_grad():
-        explicit = model.gradients(x, y)
-    assert trained(model).keys() <= explicit.keys() <= dict(model.named_parameters()).keys()
-    assert_same(explicit, by_autograd(model, x, y))
+        formula, (shared, both) = model.gradients(x, y), model.loss_and_gradients(x, y)
+    assert wanted.keys() <= formula.keys() <= dict(model.named_parameters()).keys()
+    assert_same(formula, truth)
+    assert_same(both, truth)
+    # A mean of at most 40 terms by another sum: a few eps of its size.
+    assert shared.item() == pytest.approx(loss.item(), rel=1e-13, abs=1e-14)
+    if takes_moments(model):
+        moments = Moments.of(x, y)
+        shared, both = model.loss_and_gradients_from_moments(moments)
+        assert_same(both, truth)
+        # Products of centred columns round at 1e-15 of the squares of predictions and targets.
+        size = 1 + (model(x).abs().max() + y.abs().max()).square().item()
+        for value in (shared, model.loss_from_moments(moments)):
+            assert value.item() == pytest.approx(loss.item(), abs=1e-13 * size)
 
 
 @CASES
 @given(st.data())
-def test_gradients_are_the_slope_of_the_loss(model_class, data):
+def test_the_formula_is_the_slope_of_the_loss(model_class, data):
     model, x, y = data.draw(problems(model_class))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    seed = data.draw(SEEDS)
     start = {name: p.detach().clone() for name, p in trained(model).items()}
-    ways = {n: torch.randn(p.shape, generator=generator).double() for n, p in start.items()}
+    ways = {n: normal(*p.shape, seed=seed + i) for i, (n, p) in enumerate(start.items())}
     length = torch.stack([way.square().sum() for way in ways.values()]).sum().sqrt()
 
     @torch.no_grad()
@@ -126,28 +137,20 @@ def test_gradients_are_the_slope_of_the_loss(model_class, data):
 
 @CASES
 @given(st.data())
-def test_one_pass_gives_the_loss_and_the_gradients(model_class, data):
-    model, x, y = data.draw(problems(model_class))
-    loss, gradients = model.loss_and_gradients(x, y)
-    assert loss.item() == pytest.approx(model.loss(x, y).item(), rel=1e-13, abs=1e-14)
-    assert_same(gradients, model.gradients(x, y))
-
-
-@CASES
-@given(st.data())
 def test_loss_and_gradients_are_means_over_rows(model_class, data):
     model, x, y = data.draw(problems(model_class, rows=st.integers(2, 40)))
     cut = data.draw(st.integers(1, len(y) - 1))
     parts = [(x[:cut], y[:cut], cut / len(y)), (x[cut:], y[cut:], 1 - cut / len(y))]
     loss = sum(model.loss(x, y).item() * weight for x, y, weight in parts)
     assert model.loss(x, y).item() == pytest.approx(loss, rel=1e-12)
-    shares = [(model.gradients(x, y), weight) for x, y, weight in parts]
-    means = {name: sum(g[name] * weight for g, weight in shares) for name in trained(model)}
+    found = [(model.gradients(x, y), weight) for x, y, weight in parts]
+    means = {name: sum(g[name] * weight for g, weight in found) for name in trained(model)}
     assert_same(model.gradients(x, y), means)
 
 
 def test_the_formula_only_reads(model_class):
     model, x, y = model_class.example_batch()
+    assert type(model) is model_class, f"{model_class.__name__} needs its own example_batch"
     before = [t.detach().clone() for t in (*model.parameters(), x, y)]
     with torch.no_grad():
         first, second = model.gradients(x, y), model.gradients(x, y)
@@ -159,33 +162,105 @@ def test_the_formula_only_reads(model_class):
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
 
 
+# A fit in both modes, and its metrics
+
+
+def random_rows(model_class):
+    """40 rows that fit the example of a model."""
+    example, x, y = model_class.example_batch()
+    inputs, targets = normal(40, *x.shape[1:]), normal(40, seed=1) + 0.3
+    return example, inputs, targets.sign() if is_class(y) else targets
+
+
+def test_both_modes_make_the_same_updates(model_class, make_trainer):
+    example, x, y = random_rows(model_class)
+    for choices in [{}, *({n: v} for n, vs in own_choices(model_class).items() for v in vs)]:
+        ends = []
+        for gradient in MODES:
+            model = rebuild(example, gradient=gradient, lr=0.05, momentum=0.9, **choices)
+            first = {name: p.detach().clone() for name, p in trained(model).items()}
+            train(make_trainer(max_steps=30), model, Rows(x, y, batch_size=16))
+            ends.append(model.state_dict())
+        assert all((ends[0][name] - first[name]).abs().max() > 1e-3 for name in first)
+        # 30 updates of order 0.1, each with rounding errors of order eps
+        torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-12)
+
+
+def test_metrics_are_those_of_numpy(model_class, make_trainer, monkeypatch):
+    monkeypatch.setattr("lightning_gd.data.tensors.EVALUATION_ROWS", 7)  # several, uneven batches
+    example, x, targets = random_rows(model_class)
+    model = rebuild(example)
+    (found,) = make_trainer().test(model, datamodule=Rows(x, targets), verbose=False)
+    scores, y = model(x).detach().numpy(), targets.numpy()
+    odd, called = y > 0, scores > 0
+    expected = {
+        "loss": model.loss(x, targets).item(),
+        "mse": np.mean((scores - y) ** 2),
+        "accuracy": np.mean(odd == called),
+        "precision": np.sum(odd & called) / np.sum(called),
+        "recall": np.sum(odd & called) / np.sum(odd),
+        "majority_accuracy": max(odd.mean(), 1 - odd.mean()),
+    }
+    assert "test/loss" in found and ("test/accuracy" in found) == is_class(targets)
+    for tag, value in found.items():
+        name = tag.removeprefix("test/")
+        counted = name not in ("loss", "mse")  # torchmetrics divides counts in float32
+        assert value == pytest.approx(expected[name], rel=1e-6 if counted else 1e-12)
+
+
+def test_the_mean_squared_error_has_its_own_name_where_it_is_not_the_loss():
+    other = [RidgeRegression(), LogisticParity(), ParityMLP(4, 2, loss="logistic")]
+    for model in [*other, LinearRegression(), ParityMLP(4, 2)]:
+        name = "mse" if model in other else "loss"
+        assert [n for n in ("mse", "loss") if n in model.metrics()] == [name]
+
+
+# A model is one file
+
 LATER = """
-from lightning_gd import LinearRegression
+from lightning_gd.models.linear import LinearRegression
 
 class Later(LinearRegression):
     def gradients(self, x, y):
         r = self(x) - y
         return {"weight": 2 * r @ x / len(r), "bias": FACTOR * r.mean()}
+
+    @staticmethod
+    def example_batch():
+        model, x, y = LinearRegression.example_batch()
+        return Later(**model.hparams), x, y
 """
+LINE = [
+    "--trainer.max_steps",
+    "3",
+    "--trainer.enable_progress_bar",
+    "false",
+    "--data",
+    "PointsData",
+]
 
 
+@pytest.mark.filterwarnings(LIGHTNINGS)
 @pytest.mark.parametrize("factor", [2, 1])
-def test_a_new_file_is_found_and_a_wrong_factor_noticed(tmp_path, monkeypatch, factor):
-    known = find_models()
-    name = f"later_{factor}"
-    (tmp_path / f"{name}.py").write_text(LATER.replace("FACTOR", str(factor)))
-    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
-    (later,) = [model for model in find_models() if model not in known]
-    model, x, y = LinearRegression.example_batch()
-    report = check_gradients(rebuild_as(later, model), x, y)
-    assert report.ok == (factor == 2)
+def test_a_model_is_one_file(tmp_path, monkeypatch, factor):
+    """One more file in `models` is a name of the package, found, checked and trained."""
+    package, folder = Path(lightning_gd.__file__).parent, tmp_path / "lightning_gd"
+    shutil.copytree(package, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(lightning_gd, "__file__", str(folder / "__init__.py"))
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(folder / "models")])
+    name = f"Later{factor}"
+    text = LATER.replace("Later", name).replace("FACTOR", str(factor))
+    (folder / "models" / f"later{factor}.py").write_text(text)
+    later = getattr(lightning_gd, name)
+    assert later in find_models() and name in dir(lightning_gd)
+    report = check_gradients(*later.example_batch())
     assert [p.name for p in report.parameters if not p.ok] == ([] if factor == 2 else ["bias"])
-
-
-def rebuild_as(cls, model):
-    other = cls(**model.hparams)
-    other.load_state_dict(model.state_dict())
-    return other
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"own{factor}.py").write_text(text)  # a file of the user's
+    for model in (f"lightning_gd.{name}", f"own{factor}.{name}"):
+        status, out, err = run("--model", model, *LINE)
+        assert status == (0 if factor == 2 else 2), err
+        assert "test/loss" in out if factor == 2 else "bias: WRONG" in err
 
 
 # Start values
@@ -230,6 +305,11 @@ def test_the_network_starts_as_it_says(activation, gain):
     assert 0.99 * bound < model.hidden_weight.abs().max() <= bound
     assert 0.9 / math.sqrt(100) < model.weight.abs().max() <= 1 / math.sqrt(100)
     assert not model.hidden_bias.any() and not model.bias.any()
+    torch.manual_seed(1)  # of no consequence
+    again, other = (ParityMLP(300, 100, activation=activation, start_seed=s) for s in (0, 1))
+    for name, value in model.named_parameters():
+        assert torch.equal(value, again.get_parameter(name))
+        assert "bias" in name or not torch.equal(value, other.get_parameter(name))
 
 
 def test_defaults_and_names():
@@ -254,7 +334,9 @@ WRONG = {
     "intercept": (LinearRegression, {"bias": False, "intercept": 1.0}, "needs bias=True"),
     "start": (RidgeRegression, {"start": "ones"}, "'zeros', 'uniform', 'linear'"),
     "seed": (LinearRegression, {"start_seed": -1}, "start_seed=-1"),
-    "alpha": (RidgeRegression, {"alpha": -0.1}, "alpha=-0.1"),
+    "alpha": (RidgeRegression, {"alpha": -0.1}, "alpha=-0.1 must be a finite number of at least 0"),
+    "endless alpha": (RidgeRegression, {"alpha": math.inf}, "alpha=inf"),
+    "alpha in words": (RidgeRegression, {"alpha": "1"}, "alpha='1'"),
     "activation": (ParityMLP, {"activation": "gelu"}, "'relu', 'tanh'"),
     "loss": (ParityMLP, {"loss": "hinge"}, "'squared', 'logistic'"),
     "hidden": (ParityMLP, {"hidden": 0}, "hidden=0"),
@@ -269,59 +351,106 @@ def test_wrong_settings_are_named(cls, settings, words):
         cls(**settings)
 
 
-# Roads and metrics
+# What only some models promise
 
 
-class Rows(TensorDataModule):
-    """The batch of a model's example, to train and to test on."""
-
-    def __init__(self, x, y, **settings):
-        super().__init__(**settings)
-        self.rows = Table(x.double(), y.double())
-
-    def load(self):
-        return {"train": self.rows, "test": self.rows}
-
-
-def test_roads_agree_and_share_their_state(model_class, make_trainer):
-    example, x, y = model_class.example_batch()
-    ends = []
-    for gradient in ("explicit", "autograd"):
-        trainer, model = make_trainer(max_steps=9), rebuild(example, gradient=gradient, lr=0.05)
-        model.hparams.update(momentum=0.9, gradient_clip_val=0.5)
-        trainer.fit(model, datamodule=Rows(x, y, batch_size=4))
-        assert trainer.global_step == 9
-        ends.append(model)
-    states = [model.state_dict() for model in ends]
-    assert list(states[0]) == list(states[1])
-    assert any(not torch.equal(states[0][n], example.state_dict()[n].double()) for n in states[0])
-    for name in states[0]:  # nine updates of size 0.1, each exact to some eps of its terms
-        torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=1e-13)
-    ends[1].load_state_dict(states[0])
-    torch.testing.assert_close(ends[1](x.double()), ends[0](x.double()), rtol=0, atol=0)
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 10.0])
+def test_ridge_reaches_the_closed_form_solution(alpha, make_trainer):
+    x = normal(50, 5)
+    y = x.sum(1) + 3 + normal(50, seed=1)
+    model = RidgeRegression(alpha, num_features=5, lr=0.5 / (1.5 + alpha), momentum=0.5).double()
+    train(make_trainer(max_steps=300), model, Rows(x, y, passes_per_epoch=300))
+    centred = x - x.mean(0)
+    hessian = centred.T @ centred / len(x) + alpha * torch.eye(5, dtype=x.dtype)
+    weight = torch.linalg.solve(hessian, centred.T @ (y - y.mean()) / len(x))
+    # Each update shortens the error by a tenth at least: it ends in rounding.
+    torch.testing.assert_close(model.weight.detach(), weight, rtol=0, atol=1e-12)
+    bias = y.mean() - x.mean(0) @ weight  # not drawn to 0 by alpha
+    torch.testing.assert_close(model.bias.detach(), bias, rtol=0, atol=1e-12)
 
 
-def test_metrics_are_those_of_numpy(model_class, make_trainer, monkeypatch):
-    monkeypatch.setattr("lightning_gd.data.tensors.EVALUATION_ROWS", 7)  # several, uneven batches
-    example, x, y = model_class.example_batch()
-    model = rebuild(example)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(40, *x.shape[1:], generator=generator, dtype=torch.float64)
-    targets = torch.randn(40, generator=generator, dtype=torch.float64) + 0.3
-    targets = targets.sign() if is_class(y) else targets
-    (found,) = make_trainer().test(model, datamodule=Rows(x, targets), verbose=False)
-    scores, y = model(x).detach().numpy(), targets.numpy()
-    odd, called = y > 0, scores > 0
-    expected = {
-        "loss": model.loss(x, targets).item(),
-        "mse": np.mean((scores - y) ** 2),
-        "accuracy": np.mean(odd == called),
-        "precision": np.sum(odd & called) / np.sum(called),
-        "recall": np.sum(odd & called) / np.sum(odd),
-        "majority_accuracy": max(odd.mean(), 1 - odd.mean()),
-    }
-    assert "test/loss" in found and ("test/accuracy" in found) == is_class(targets)
-    for tag, value in found.items():
-        name = tag.removeprefix("test/")
-        counted = name not in ("loss", "mse")  # torchmetrics divides counts in float32
-        assert value == pytest.approx(expected[name], rel=1e-6 if counted else 1e-12)
+class Halved(RidgeRegression):
+    """Overrides the two formulas alone, not the one-pass form of its parents."""
+
+    def loss(self, x, y):
+        return super().loss(x, y) / 2
+
+    def gradients(self, x, y):
+        return {name: gradient / 2 for name, gradient in super().gradients(x, y).items()}
+
+
+def test_training_never_uses_the_one_pass_form_of_another_loss(make_trainer):
+    _, x, y = random_rows(RidgeRegression)
+    halved, whole = Halved(num_features=3, lr=0.1), RidgeRegression(num_features=3, lr=0.05)
+    ends = [train(make_trainer(max_steps=9), m.double(), Rows(x, y)) for m in (halved, whole)]
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-13)  # nine updates of order 1
+
+
+def test_ridge_without_a_penalty_is_least_squares():
+    model, x, y = RidgeRegression.example_batch()
+    model.alpha = 0.0
+    plain = LinearRegression(3, start="linear")
+    assert torch.equal(model.loss(x, y), plain.loss(x, y))
+    torch.testing.assert_close(model.gradients(x, y), plain.gradients(x, y))
+
+
+@pytest.mark.parametrize("score", [-1e300, -1e5, -800, -40, -1, 0, 1, 19, 21, 36, 40, 700])
+def test_the_logistic_loss_is_exact_at_every_score(score):
+    """−log σ(t) = max(−t, 0) + log1p(exp(−|t|)), and its slope −σ(−t), by `math`."""
+    model = LogisticParity(num_features=1, weight=[1.0]).double()
+    x, y = torch.tensor([[score]]).double(), torch.ones(1).double()
+    small = math.exp(-abs(score))
+    exact = max(-score, 0) + math.log1p(small)
+    slope = -1 / (1 + small) if score < 0 else -small / (1 + small)
+    # rtol: a few eps, and the error of exp grows with |t| eps; nothing is rounded to 0 or 1.
+    assert model.loss(x, y).item() == pytest.approx(exact, rel=1e-12, abs=0)
+    assert model.gradients(x, y)["bias"].item() == pytest.approx(slope, rel=1e-12, abs=0)
+
+
+def test_the_logistic_formula_equals_autograd_where_scores_are_extreme():
+    model = LogisticParity(num_features=1, weight=[1.0]).double()
+    x = torch.tensor([[-1e4], [-50.0], [25.0], [1e4]]).double()
+    for sign in (-1.0, 1.0):
+        y = torch.full((4,), sign).double()
+        (truth,) = torch.autograd.grad(model.loss(x, y), [model.bias])
+        assert model.loss(x, y).isfinite()
+        # softplus, rounded above 20, would be off by 1e-11 here
+        torch.testing.assert_close(model.gradients(x, y)["bias"], truth, rtol=1e-15, atol=0)
+
+
+def test_the_network_worked_out_by_hand():
+    model = ParityMLP(num_features=1, hidden=2).double()
+    values = {"hidden_weight": [[1.0], [-1.0]], "hidden_bias": [0.0, 1.0], "weight": [2.0, 3.0]}
+    with torch.no_grad():
+        for name, value in {**values, "bias": -1.0}.items():
+            model.get_parameter(name).copy_(torch.tensor(value))
+    x, y = torch.tensor([[2.0], [-1.0]]).double(), torch.tensor([1.0, -1.0]).double()
+    # h = relu([2, -1]), relu([-1, 2]); ŷ = 2·2 − 1 = 3 and 3·2 − 1 = 5; r = 2 and 6
+    assert model(x).tolist() == [3, 5]
+    assert model.loss(x, y).item() == (2**2 + 6**2) / 2
+    found = {name: gradient.tolist() for name, gradient in model.gradients(x, y).items()}
+    # d = r = (2, 6)
+    hidden = {"hidden_weight": [[8], [-18]], "hidden_bias": [4, 18]}
+    assert found == {**hidden, "weight": [4, 12], "bias": 8}
+
+
+def test_the_example_of_the_network_keeps_away_from_the_kink():
+    model, x, _ = ParityMLP.example_batch()
+    z = x @ model.hidden_weight.T + model.hidden_bias
+    assert z.abs().min() > 0.05
+    assert 0.2 < (z > 0).double().mean() < 0.8  # both sides of it occur
+
+
+def test_the_network_stands_extreme_scores_and_does_not_learn_from_zeros():
+    model, x, y = ParityMLP.example_batch(loss="logistic")
+    with torch.no_grad():
+        model.weight.mul_(1e6)
+    wrong = (-y * model(x)).clamp(min=0)
+    assert wrong.max() > 1e5
+    torch.testing.assert_close(model.loss(x, y), wrong.mean())  # log(1 + eᵗ) → max(t, 0)
+    assert all(g.isfinite().all() for g in model.gradients(x, y).values())
+    model, x, y = ParityMLP.example_batch()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.zero_()
+    assert {name for name, g in model.gradients(x, y + 1).items() if g.any()} == {"bias"}

@@ -1,16 +1,15 @@
 """Trains every case in one world of processes; `test_distributed.py` compares the worlds.
 
 Run by `torchrun --nproc-per-node K tests/worlds.py FOLDER`: each process writes what it ended
-with to `FOLDER/K-RANK.pt`. One process group serves all cases. `WORLDS_ACCELERATOR=gpu` gives each
-process a GPU.
+with to `FOLDER/K-RANK.pt`. `WORLDS_ACCELERATOR=gpu` gives each process a GPU.
 """
 
 import logging
 import os
 import sys
 import warnings
-from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Trainer
 
@@ -33,84 +32,20 @@ class OddRows(TensorDataModule):
         return {"train": Table(x[:ROWS], y[:ROWS]), "test": Table(x[ROWS:], y[ROWS:])}
 
 
-FULL = {"passes_per_epoch": 20}
-MINI = {"batch_size": 8, "seed": 4}
-TINY = {"batch_size": 3, "num_val": 2}  # 39 rows
-LAST = {"batch_size": 10}  # the last batch has one row: most shares are empty
+class Weighted(ParityRegressor):
+    """The mean that divides by Σ q instead of N, with a weight q = |x₁| of each row."""
 
-HIDDEN = {"model_class": ParityMLP, "hidden": 5, "activation": "tanh", "momentum": 0.9}
+    def rows(self, batch):
+        return batch[0][:, 0].abs().sum().item()
 
-CASES = {
-    "explicit full": (FULL, {"momentum": 0.9}),
-    "autograd full": (FULL, {"momentum": 0.9, "gradient": "autograd"}),
-    "explicit mini": (MINI, {"momentum": 0.9}),
-    "autograd mini": (MINI, {"momentum": 0.9, "gradient": "autograd"}),
-    "explicit single": (MINI, {"momentum": 0.9, "updates_per_step": 1}),
-    "explicit tiny": (TINY, {"momentum": 0.5, "gradient_clip_val": 1.0}),
-    "autograd tiny": (
-        TINY,
-        {"momentum": 0.5, "gradient_clip_val": 1.0, "gradient": "autograd"},
-    ),
-    "explicit last": (LAST, {"momentum": 0.9}),
-    "autograd last": (LAST, {"momentum": 0.9, "gradient": "autograd"}),
-    "explicit schedule": (
-        MINI,
-        {"scheduler": "StepLR", "scheduler_args": {"step_size": 2}, "momentum": 0.5},
-    ),
-    "moments": (FULL, {"moments": True, "momentum": 0.9}),
-    "moments auto": (FULL, {"moments": True, "lr": "auto"}),
-    "hidden layer": (MINI, HIDDEN),
-    "hidden layer, autograd": (MINI, {**HIDDEN, "gradient": "autograd"}),
-    "explicit accumulate": (MINI, {"accumulate_grad_batches": 2, "momentum": 0.5}),
-}
+    def loss(self, x, y):
+        q = x[:, 0].abs()
+        return (q * (self(x) - y).square()).sum() / q.sum()
 
-
-def make_trainer(**settings):
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return Trainer(
-        accelerator=os.environ.get("WORLDS_ACCELERATOR", "cpu"),
-        devices=world,
-        strategy="ddp" if world > 1 else "auto",
-        precision="64-true",
-        max_epochs=-1,
-        max_steps=UPDATES,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
-
-
-def run(data, settings):
-    """Train one case and evaluate it: weights, metrics and the last training loss."""
-    trainer = make_trainer()
-    settings = {"model_class": ParityRegressor, "num_features": 6, "lr": 0.03, **settings}
-    model_class = settings.pop("model_class")
-    if model_class is ParityRegressor:
-        settings["start"] = "uniform"
-    with trainer.init_module():
-        model = model_class(**settings)
-    rows = OddRows(**data)
-    trainer.fit(model, datamodule=rows)
-    assert trainer.global_step == UPDATES
-    train_loss = trainer.callback_metrics["train/loss"]
-    # Read before the test, for which DDP is set up anew and copies the first process's weights.
-    weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).cpu()
-    (metrics,) = trainer.test(model, datamodule=rows, verbose=False)
-    return {
-        "weights": weights,
-        "metrics": torch.tensor([*metrics.values(), float(train_loss)], dtype=torch.float64),
-    }
-
-
-def run_without_reduction():
-    """The case "explicit full" with the sum over processes taken out."""
-    reduce_sum, distributed.reduce_sum = distributed.reduce_sum, lambda tensor: tensor
-    try:
-        return run(*CASES["explicit full"])
-    finally:
-        distributed.reduce_sum = reduce_sum
+    def gradients(self, x, y):
+        q = x[:, 0].abs()
+        d = 2 * q * (self(x) - y) / q.sum()
+        return {"weight": d @ x, "bias": d.sum()}
 
 
 class SummedFormula(ParityRegressor):
@@ -120,40 +55,95 @@ class SummedFormula(ParityRegressor):
         return {name: len(y) * g for name, g in super().gradients(x, y).items()}
 
 
-def message_of(model_class=ParityRegressor, reduction=None, **settings):
-    """What `GradientCheck` says of a planted mistake; empty if it finds nothing."""
-    trainer = make_trainer(callbacks=[GradientCheck(every_n_updates=10)])
+FULL = {"passes_per_epoch": 20}
+MOMENTS = {**FULL, "moments": True}
+MINI = {"batch_size": 8, "seed": 4}
+SEVERAL = {**MINI, "updates_per_step": 4}  # 6 batches per epoch: steps of 4 and of 2
+TINY = {"batch_size": 3, "num_val": 2}  # 39 rows
+LAST = {"batch_size": 10}  # the last batch has one row: most processes have none of it
+SCHEDULE = {"scheduler": "StepLR", "scheduler_args": {"step_size": 2}, "momentum": 0.5}
+HIDDEN = {"cls": ParityMLP, "hidden": 5, "activation": "tanh", "momentum": 0.9}
+
+CASES = {
+    "full": (FULL, {"momentum": 0.9}),
+    "mini": (MINI, {"momentum": 0.9}),
+    "tiny": (TINY, {"momentum": 0.5, "gradient_clip_val": 1.0}),
+    "last": (LAST, {"momentum": 0.9}),
+    "hidden layer": (MINI, HIDDEN),
+    "weighted": (LAST, {"cls": Weighted}),
+}
+for name, (data, model) in list(CASES.items()):
+    CASES[f"{name}, autograd"] = data, {**model, "gradient": "autograd"}
+CASES |= {
+    "several updates per step": (SEVERAL, {"momentum": 0.9}),
+    "schedule": (SEVERAL, SCHEDULE),
+    "accumulate": (SEVERAL, {"accumulate_grad_batches": 2, "momentum": 0.5}),
+    "moments": ({**MOMENTS, "updates_per_step": 7}, {"momentum": 0.9}),
+    "moments auto": (MOMENTS, {"lr": "auto"}),
+}
+
+
+def fit(data, cls=ParityRegressor, callbacks=(), **settings):
+    """Train a model with these settings from a random start; the Trainer and the model."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = Trainer(
+        accelerator=os.environ.get("WORLDS_ACCELERATOR", "cpu"),
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        precision="64-true",
+        max_epochs=-1,
+        max_steps=UPDATES,
+        callbacks=list(callbacks),
+        **dict.fromkeys(quiet, False),
+    )
+    start = {"start": "uniform"} if issubclass(cls, ParityRegressor) else {}
     with trainer.init_module():
-        model = model_class(num_features=6, start="uniform", lr=0.001, **settings)
-    reduce_sum = distributed.reduce_sum
-    distributed.reduce_sum = reduction or reduce_sum
+        model = cls(**{"num_features": 6, "lr": 0.03, **start, **settings})
+    trainer.fit(model, datamodule=OddRows(**data))
+    return trainer, model
+
+
+def run(data, settings):
+    """Train one case and evaluate it: weights, metrics and the last training loss."""
+    trainer, model = fit(data, **settings)
+    assert trainer.global_step == UPDATES
+    train_loss = float(trainer.callback_metrics["train/loss"])
+    # Read before the test, for which DDP is set up anew and copies the first process's weights.
+    weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).cpu()
+    (metrics,) = trainer.test(model, datamodule=OddRows(**data), verbose=False)
+    numbers = torch.tensor([*metrics.values(), train_loss], dtype=torch.float64)
+    return {"weights": weights, "metrics": numbers}
+
+
+def message_of(**settings):
+    """What `GradientCheck` says in a fit; empty if it finds nothing."""
     try:
-        trainer.fit(model, datamodule=OddRows(**MINI))
+        fit(MINI, callbacks=[GradientCheck(every_n_updates=10)], **{"lr": 0.001, **settings})
     except GradientError as error:
         return str(error)
-    finally:
-        distributed.reduce_sum = reduce_sum
     return ""
 
 
-def found_mistakes():
-    """The messages of `GradientCheck`, with nothing wrong and with each mistake planted."""
-    reduce_sum, world = distributed.reduce_sum, distributed.world_size()
-    return {
+def run_all():
+    """Every case by its name, one without reduction, and the mistakes found in planted ones."""
+    reduce_sum, ends = distributed.reduce_sum, {name: run(*case) for name, case in CASES.items()}
+    found = {
         "nothing": message_of(),
         "nothing, by autograd": message_of(gradient="autograd", gradient_clip_val=0.1),
-        "sum for mean": message_of(SummedFormula),
-        "no reduction": message_of(reduction=lambda tensor: tensor),
-        "times the processes": message_of(reduction=lambda tensor: reduce_sum(tensor).mul_(world)),
+        "sum for mean": message_of(cls=SummedFormula),
     }
 
+    def too_large(tensor):
+        reduce_sum(tensor)[:-1].mul_(distributed.world_size())  # the last is the number of rows
+        return tensor
 
-def run_all():
-    """Every case by its name."""
-    ends: dict[str, Any] = {name: run(*case) for name, case in CASES.items()}
-    ends["found mistakes"] = found_mistakes()
-    ends["broken: no reduction"] = run_without_reduction()
-    return ends
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "reduce_sum", too_large)
+        found["times the processes"] = message_of()
+        patch.setattr(distributed, "reduce_sum", lambda tensor: tensor)
+        found["no reduction"] = message_of()
+        return {**ends, "found mistakes": found, "broken": run(*CASES["full"])}
 
 
 if __name__ == "__main__":
@@ -161,8 +151,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     ends = run_all()
-    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    torch.save(ends, f"{sys.argv[1]}/{world}-{rank}.pt")
+    torch.save(ends, f"{sys.argv[1]}/{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.pt")
     if torch.distributed.is_initialized():  # not by a process that trains alone
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

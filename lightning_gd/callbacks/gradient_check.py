@@ -1,43 +1,57 @@
-"""Is the gradient right, and does every process see it? Asked during the fit."""
+"""Checks, during the fit, the formula and the gradient that the optimizer gets."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities import apply_to_collection
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_gd.batch import DataBatch, batches_of, call, is_current, tensors
+from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum
 from lightning_gd.gradcheck import GradientError, GradientReport, check_gradients, check_reduced
+from lightning_gd.gradcheck.diagnosis import largest
+from lightning_gd.leastsquares import LeastSquares
 from lightning_gd.module import GradientDescentModule
-from lightning_gd.refusals import one_of, whole_number
+from lightning_gd.moments import MomentsBatch
+from lightning_gd.settings import one_of, whole_number
 
-CHUNKS = 8  # of a share: their gradients tell how large the summed terms are
-
-Share = tuple[Tensor, Tensor, int]
+EARLY = (0, 1, 10, 100)  # updates that are always checked
+PARTS = 8  # of the local rows: their gradients tell how large the summed terms are
 
 
 class GradientCheck(Callback):
-    """Checks the formula, and the gradient that the optimizer gets, every so many updates.
+    """Checks the formula, and the gradient that the optimizer gets, at single updates.
 
-    Two questions. Is `gradients` the derivative of `loss`, by autograd and finite differences in
-    float64, on a few rows? And is the reduced `p.grad` what the rows of all processes demand: no
-    reduction missing, no factor of the number of processes? The largest relative error is logged
-    as `gradcheck/<parameter>`. With the Trainer's own accumulation nothing is checked: it averages
-    the means of batches, whatever their sizes.
+    These are the updates 0, 1, 10, 100, every `every_n_updates`, and the last one of `max_steps`.
+    In explicit mode `check_gradients` compares the formula with autograd on a few random rows.
+    In both modes `p.grad` is compared with autograd on the rows of all processes: is a reduction
+    missing, or is there a factor of the number of processes? The largest relative error is
+    logged as `gradcheck/<parameter>`. The check changes nothing in the run.
+
+    A warning says so where nothing is checked: for a module that is not a GradientDescentModule,
+    and with the Trainer's `accumulate_grad_batches`, which averages batches of any size alike.
 
     Args:
-        every_n_updates: Updates from one check to the next; the first is checked too.
-        rows: Rows of this process on which the formula is checked.
+        every_n_updates: Updates from one check to the next.
+        rows: Local rows on which the formula is checked.
         on_error: `stop` raises and ends the run, `warn` goes on.
+
+    Attributes:
+        checks: Number of checks in this fit.
+        tested: How many of them found the gradient of each parameter above rounding.
 
     Raises:
         ValueError: If an argument is out of range.
-        GradientError: During a fit, naming the parameter, its error and what is wrong with it.
+        GradientError: During a fit, on all processes, with the parameter and its mistake.
     """
 
     def __init__(
@@ -50,111 +64,181 @@ class GradientCheck(Callback):
         whole_number("rows", rows, 1)
         one_of("on_error", on_error, ("stop", "warn"))
         self.every_n_updates, self.rows, self.on_error = every_n_updates, rows, on_error
-        self._shares: list[Share] = []
-        self._errors: dict[str, float] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.checks = 0
+        self.tested: dict[str, int] = {}
+        self._first = -1  # the update that the first of the batches belongs to
+        self._batches: list[Any] = []
+        self._skipped = ""  # why nothing is checked
+
+    def summary(self) -> str:
+        """Return one line on the whole fit: how many checks, and what they could not test."""
+        missed = [name for name, times in self.tested.items() if not times]
+        tested = f"not tested: {', '.join(missed)}" if missed else "all parameters tested"
+        return f"{self.checks} checks, {tested}" if self.checks else "nothing was checked"
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from 0 in each fit."""
+        self._begin()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the rows of the update that is checked: blocks begin with it."""
-        if trainer.global_step % self.every_n_updates or not _known(pl_module):
-            return
-        if trainer.accumulate_grad_batches > 1:  # Lightning averages batches, not rows
-            return
-        batch = pl_module.as_batch(batch)
-        if pl_module.uses_moments:
-            data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            batch = data.share("train")
-            batch = batch._replace(x=batch.x.to(pl_module.device), y=batch.y.to(pl_module.device))
-        # With accumulation the block is this one update.
-        several = pl_module.hparams["accumulate_grad_batches"] > 1
-        shares = list(batch.shares()) if several else [next(batch.shares())]
-        self._shares = shares
-        self._errors = {}
-        if pl_module.hparams["gradient"] == "explicit":  # before it is used
-            x, y, _ = shares[0]
-            rows = x[: self.rows], y[: self.rows]
-            self._judge(trainer, pl_module, check_gradients(pl_module, *rows) if len(y) else None)
+        """Keep the batches of the next updates, and the random state before the first."""
+        reason = _reason_to_skip(trainer, pl_module)
+        if reason and not self._skipped:
+            warnings.warn(f"GradientCheck checks nothing: {reason}", stacklevel=2)
+        self._skipped = reason
+        if trainer.global_step != self._first:  # else they are accumulated over several steps
+            self._first, self._batches = trainer.global_step, []
+            if self._is_due(trainer, trainer.global_step):
+                self._random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        self._batches = [*self._batches, *batches_of(batch)]
+        self._several = len(batches_of(batch)) > 1
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Check the gradient of all rows, before the weights change."""
-        if self._shares and _known(pl_module):
-            shares, self._shares = self._shares, []
-            self._judge(trainer, pl_module, self._reduced(trainer, pl_module, shares))
-            pl_module.curves.record(trainer.global_step, self._errors)
+        """Check the gradient of this update before the weights change."""
+        if self._is_due(trainer, trainer.global_step):
+            with isolate_rng():
+                self._check(trainer, pl_module)
+        if self._is_due(trainer, trainer.global_step + 1):
+            self._random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+    def _is_due(self, trainer: Trainer, step: int) -> bool:
+        due = step in EARLY or step % self.every_n_updates == 0 or step == trainer.max_steps - 1
+        return due and not self._skipped
+
+    def _check(self, trainer: Trainer, module: Any) -> None:
+        step, every = trainer.global_step, module.batches_per_update
+        at = (step - self._first) * every
+        batches = self._batches[at : at + every] if self._several else self._batches
+        contents = [_content(trainer, module, batch) for batch in batches]
+        moments = any(isinstance(batch, MomentsBatch) for batch in batches)
+        formula = self._formula(module, contents, step)
+        self._stop_if_wrong(trainer, module, formula)
+        reduced = self._reduced(trainer, module, contents, moments)
+        self._stop_if_wrong(trainer, module, reduced)
+        self.checks += 1
+        for p in reduced.parameters:
+            both = [p, *(other for other in formula.parameters if other.name == p.name)]
+            error = max(found.relative_error for found in both)
+            module.curves.record(step, {f"gradcheck/{p.name}": error})
+            tested = any(found.tested for found in both)
+            self.tested[p.name] = self.tested.get(p.name, 0) + tested
+
+    def _formula(self, module: Any, contents: list[Any], step: int) -> GradientReport:
+        """Check the formula on random rows; nothing on a process without rows."""
+        content = next((content for content in contents if _count(content)), None)
+        if content is None or module.automatic_optimization:
+            return GradientReport(())
+        drawn = torch.randperm(_count(content), generator=torch.Generator().manual_seed(step))
+        return check_gradients(module, _pick(content, drawn[: self.rows]), seed=step)
 
     def _reduced(
-        self, trainer: Trainer, module: GradientDescentModule, shares: list[Share]
+        self, trainer: Trainer, module: Any, contents: list[Any], moments: bool
     ) -> GradientReport:
-        names = [name for name, p in module.named_parameters() if p.requires_grad]
-        own, scale = _own_gradients(module, shares)
-        if module.uses_moments and module.squares is not None:
-            scale = [max(size, module.squares.term_size()) for size in scale]
-        flat = reduce_sum(torch.cat([gradient.reshape(-1) for gradient in own]))
-        pieces = flat.split([gradient.numel() for gradient in own])
-        expected = [piece.view_as(gradient) for piece, gradient in zip(pieces, own, strict=True)]
-        if not module.automatic_optimization:  # Lightning calls this hook before it clips
-            module.clip(_holders(expected))
+        """Check p.grad against autograd on the rows of all processes."""
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        torch.set_rng_state(self._random[0])
+        torch.cuda.set_rng_state_all(self._random[1])
+        sums, rows, scale = _local_sums(module, list(trained.values()), contents)
+        squares = LeastSquares.of(trainer, module) if moments else None
+        least = squares.term_size() if squares else 0.0
+        flat = torch.cat([*(s.reshape(-1) for s in sums), sums[0].new_tensor([rows])])
+        *pieces, total = reduce_sum(flat).split([*(s.numel() for s in sums), 1])
+        means = [(piece / total).view_as(s) for piece, s in zip(pieces, sums, strict=True)]
+        if not module.automatic_optimization:  # p.grad is already clipped
+            _clip(module, means)
         mixed = trainer.precision == "bf16-mixed" and module.automatic_optimization
-        rows = sum(total for _, _, total in shares)
-        share = sum(len(y) for _, y, _ in shares) / rows
         return check_reduced(
-            dict(zip(names, expected, strict=True)),
-            {n: p.grad for n, p in module.named_parameters() if p.grad is not None},
+            dict(zip(trained, means, strict=True)),
+            {name: p.grad for name, p in trained.items() if p.grad is not None},
             trainer.world_size,
-            torch.bfloat16 if mixed else own[0].dtype,
-            rows,
-            scale=dict(zip(names, scale, strict=True)),
-            local={n: g / share for n, g in zip(names, own, strict=True)} if share else None,
+            torch.bfloat16 if mixed else flat.dtype,
+            max(float(total), sum(map(_count, contents))),
+            scale={name: max(size, least) for name, size in zip(trained, scale, strict=True)},
+            local={n: s / rows for n, s in zip(trained, sums, strict=True)} if rows else None,
         )
 
-    def _judge(
-        self, trainer: Trainer, module: GradientDescentModule, report: GradientReport | None
-    ) -> None:
-        """Keep the errors, and stop or warn; `None` is a process without rows."""
-        for p in report.parameters if report else ():
-            name = f"gradcheck/{p.name}"
-            self._errors[name] = max(self._errors.get(name, 0.0), p.relative_error)
-        wrong = report is not None and not report.ok
+    def _stop_if_wrong(self, trainer: Trainer, module: Any, report: GradientReport) -> None:
         # All processes stop together, or one would wait for the others for ever.
-        anywhere = reduce_sum(torch.tensor(float(wrong), device=module.device))
-        if not anywhere:
+        if not reduce_sum(torch.tensor(float(not report.ok), device=module.device)):
             return
-        text = "\n".join(report.lines()) if report and wrong else "found on another process"
+        text = "found on another process" if report.ok else "\n".join(report.lines())
         message = f"gradient check at update {trainer.global_step}:\n{text}"
         if self.on_error == "stop":
             raise GradientError(message)
         warnings.warn(message, stacklevel=2)
 
 
-def _known(module: LightningModule) -> TypeGuard[GradientDescentModule]:
-    return isinstance(module, GradientDescentModule)
+def _reason_to_skip(trainer: Trainer, module: LightningModule) -> str:
+    if not isinstance(module, GradientDescentModule):
+        return f"{type(module).__name__} is not a GradientDescentModule"
+    batches = trainer.accumulate_grad_batches
+    if batches > 1:
+        return f"accumulate_grad_batches={batches} of the Trainer averages batches, not rows"
+    return ""
 
 
-def _own_gradients(
-    module: GradientDescentModule, shares: list[Share]
-) -> tuple[list[Tensor], list[float]]:
-    """By autograd: Σ n·g / N over this process's rows, and the size of the terms summed."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    sums, scale = [torch.zeros_like(p) for p in parameters], [0.0] * len(parameters)
-    rows = sum(total for _, _, total in shares)
-    for x, y, _ in shares:
-        for part_x, part_y in zip(x.chunk(CHUNKS), y.chunk(CHUNKS), strict=True):
-            if len(part_y) == 0:
-                continue
-            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-                loss = module.loss(part_x, part_y)
-                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            for i, gradient in enumerate(gradients):
-                sums[i] += gradient * (len(part_y) / rows)
-                scale[i] = max(scale[i], float(gradient.abs().max()))
-    return sums, scale
+def _content(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """Return the content of a batch; for moments the local rows that they stand for."""
+    data = tensor_data(trainer)
+    if data is not None and isinstance(batch, MomentsBatch):
+        return move_data_to_device(data.local("train"), module.device)
+    return batch.content if isinstance(batch, DataBatch) else batch
 
 
-def _holders(gradients: list[Tensor]) -> list[Parameter]:
+def _count(content: Any) -> int:
+    return len(next(tensors(content)))
+
+
+def _pick(content: Any, rows: Tensor) -> Any:
+    """Return some rows of every tensor that has as many as the first."""
+    count = _count(content)
+
+    def pick(values: Tensor) -> Tensor:
+        return values[rows.to(values.device)] if values.shape[:1] == (count,) else values
+
+    return apply_to_collection(content, Tensor, pick)
+
+
+def _local_sums(
+    module: Any, trained: list[Parameter], contents: list[Any]
+) -> tuple[list[Tensor], float, list[float]]:
+    """Return Σ n·gradient by autograd over the local rows, Σ n, and the size of the terms."""
+    sums, total = [torch.zeros_like(p) for p in trained], 0.0
+    terms: list[tuple[Tensor, ...]] = [tuple(sums)]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    filled = [content for content in contents if module.rows(content)]
+    for content in filled:
+        terms.append(_autograd(module, trained, content))
+        total += module.rows(content)
+        sums = [s + module.rows(content) * g for s, g in zip(sums, terms[-1], strict=True)]
+    for content in filled:
+        count = _count(content)
+        for rows in torch.arange(count).tensor_split(max(1, min(PARTS, count // 2))):
+            terms.append(_autograd(module, trained, _pick(content, rows)))
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    return sums, total, [max(map(largest, column)) for column in zip(*terms, strict=True)]
+
+
+def _autograd(module: Any, trained: list[Parameter], content: Any) -> tuple[Tensor, ...]:
+    # Unless one forward pass serves both, `gradients` draws random numbers after those of `loss`.
+    fused = module.automatic_optimization or is_current(type(module), "loss_and_gradients")
+    with torch.enable_grad(), torch.autocast(module.device.type, enabled=False):
+        loss = call(module.loss, content)
+        loss = loss if fused else call(module.loss, content)
+        return torch.autograd.grad(loss, trained, materialize_grads=True)
+
+
+def _clip(module: GradientDescentModule, gradients: list[Tensor]) -> None:
     holders = [Parameter(torch.empty_like(gradient)) for gradient in gradients]
     for holder, gradient in zip(holders, gradients, strict=True):
         holder.grad = gradient
-    return holders
+    module.clip(holders)

@@ -1,86 +1,45 @@
-"""Pictures at the end of a fit, in TensorBoard and as PNG files."""
+"""Pictures at the end of a fit, as PNG files and in TensorBoard."""
 
 from __future__ import annotations
 
-import io
-from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_gd.refusals import whole_number
+from lightning_gd.callbacks.histograms import boards
+from lightning_gd.callbacks.test_curve import evaluating
+from lightning_gd.data.tables import Table
+from lightning_gd.data.tensors import tensor_data
+from lightning_gd.module import GradientDescentModule
+from lightning_gd.settings import whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_KEPT = 4_000  # points of a curve, several for each dot of a picture
 MOST_ROWS = 2_000  # points of the data in the picture of a fitted line
-PREDICTED, OPTIMUM = "predicted/", "optimum/"  # before `train/loss`, `test/loss`
-
-
-class CurveMemory(Logger):
-    """Keeps the curves that a run logs: in `curves[tag]` the points `(update, value)`.
-
-    Args:
-        most: Points kept of a curve; a longer one loses every second. Null keeps all.
-    """
-
-    def __init__(self, most: int | None = None) -> None:
-        super().__init__()
-        self.most = most
-        self.curves: dict[str, list[tuple[int, float]]] = {}
-
-    name = version = save_dir = None  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
-
-    def log_points(self, points: list[tuple[int, dict[str, float]]]) -> None:
-        """Keep `(update, {tag: value})`."""
-        for step, values in points:
-            for tag, value in values.items():
-                curve = self.curves.setdefault(tag, [])
-                curve.append((step, value))
-                if self.most is not None and len(curve) > self.most:
-                    del curve[1::2]
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Keep single values."""
-        self.log_points([(step or 0, {tag: float(value) for tag, value in metrics.items()})])
-
-    def log_hyperparams(
-        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
-    ) -> None:
-        """Nothing: only curves are kept."""
-
-    def __getitem__(self, tag: str) -> tuple[list[int], list[float]]:
-        """Updates and values of a curve; both empty where there is none."""
-        points = self.curves.get(tag, [])
-        return [step for step, _ in points], [value for _, value in points]
 
 
 def shared_chart(*tags: str) -> dict[str, dict[str, list]]:
-    """A layout for TensorBoard's custom scalars: `tags`, of every run shown, in one chart."""
-    predicted = [f"({PREDICTED}|{OPTIMUM})?{tag}$" for tag in tags]
-    return {
-        "loss": {
-            " and ".join(tags): ["Multiline", list(tags)],
-            "measured and predicted": ["Multiline", predicted],
-        }
-    }
+    """Return a layout of TensorBoard's custom scalars: `tags` of all runs in one chart."""
+    predicted = [f"(predicted/|optimum/)?{tag}$" for tag in tags]
+    charts = {" and ".join(tags): list(tags), "measured and predicted": predicted}
+    return {"loss": {title: ["Multiline", names] for title, names in charts.items()}}
 
 
 class Pictures(Callback):
-    """Draws what fits the model and the data, on the first process.
+    """Draws what fits the model and the data, in `<run>/pictures` and in TensorBoard.
 
-    In `<run>/pictures` and TensorBoard: the loss curves, with the predicted ones and the optimum
-    where they were logged; 784 weights in their places; for digits the worst mistakes and the
-    accuracy of each digit; for one feature the data and the fit after 1, 2, 4, 8, … updates.
-    A run without a logger has no folder and gets no pictures.
+    The loss curves with their predictions and the optimum, where these were recorded; 784 weights
+    at their pixels; for digits the worst mistakes and the accuracy of each digit; for one feature
+    the data and the fit after 1, 2, 4, 8, … updates. It needs a GradientDescentModule, and a
+    logger, whose folder takes the pictures.
 
     Args:
-        worst: Wrongly scored digits shown at most.
+        worst: Largest number of wrongly scored digits shown.
 
     Raises:
         ValueError: If `worst` is below 1.
@@ -89,136 +48,103 @@ class Pictures(Callback):
     def __init__(self, worst: int = 20) -> None:
         whole_number("worst", worst, 1)
         self.worst = worst
-        self.every_n_updates = 0  # blocks of updates end where this says, see BlockSchedule
+        self.lines: list[tuple[int, Tensor]] = []  # updates made, predictions at `_at`
+        self._at: Tensor | None = None  # inputs, shape [K, 1]
         self._folder: Path | None = None
-        self._memory = CurveMemory(MOST_KEPT)
-        self._lines: list[tuple[int, Tensor]] = []
-        self._at: Tensor | None = None  # where the lines are evaluated, shape [K, 1]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listen to what is logged, and ask for one chart of the train and the test loss."""
+        """Choose the folder, and ask TensorBoard for one chart of the train and the test loss."""
         folder = trainer.log_dir if stage == "fit" and trainer.loggers else None
-        self._folder = None if folder is None else Path(folder) / "pictures"
-        if self._folder is None:
-            return
-        self._memory, self._lines, self._at = CurveMemory(MOST_KEPT), [], None
-        self.every_n_updates = 0
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_custom_scalars(shared_chart("train/loss", "test/loss"))
-        trainer.loggers = [*trainer.loggers, self._memory]
+        own = isinstance(pl_module, GradientDescentModule) and trainer.is_global_zero
+        self._folder = Path(folder) / "pictures" if folder and own else None
+        self.lines, self._at = [], None
+        for board in boards(trainer) if self._folder else ():
+            board.add_custom_scalars(shared_chart("train/loss", "test/loss"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The line before the first update, where the data have one feature."""
-        table = _tables(trainer).get("train")
-        if self._folder is None or table is None or table.raw.shape[1:] != (1,):
+        """Choose the inputs of the lines, if the data have one feature."""
+        data = tensor_data(trainer)
+        if self._folder is None or data is None:
             return
-        self._at = torch.linspace(float(table.x.min()), float(table.x.max()), 101)[:, None]
-        self._keep_line(trainer, pl_module)
+        train = data.tables["train"]
+        if train.raw.shape[1:] == (1,) and train.y.ndim == 1:
+            self._at = torch.linspace(float(train.x.min()), float(train.x.max()), 101)[:, None]
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """The line after 1, 2, 4, 8, … updates."""
-        if self.every_n_updates and trainer.global_step >= self.every_n_updates:
-            self._keep_line(trainer, pl_module)
-
-    def _keep_line(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._at is not None
-        self._lines.append((trainer.global_step, _predict(pl_module, self._at)))
-        self.every_n_updates = 1 << trainer.global_step.bit_length()  # the next power of two
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Keep the line before the first update, and after 1, 2, 4, 8, … updates."""
+        if self._at is not None and (not self.lines or trainer.global_step.bit_count() == 1):
+            self.lines.append((trainer.global_step, _predict(pl_module, self._at)))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw."""
-        if self._folder is None:
+        if self._folder is None or not isinstance(pl_module, GradientDescentModule):
             return
-        trainer.loggers = [logger for logger in trainer.loggers if logger is not self._memory]
-        if not trainer.is_global_zero:
-            return
-        if self._at is not None and self._lines[-1][0] != trainer.global_step:
-            self._keep_line(trainer, pl_module)
-        for name, figure in self.figures(_tables(trainer), pl_module).items():
+        data = tensor_data(trainer)
+        tables = {} if data is None else data.tables
+        drawn = _of_model(pl_module)
+        if self._at is not None:
+            self.lines.append((trainer.global_step, _predict(pl_module, self._at)))
+            drawn["fit"] = _of_lines(tables["train"], self._at, self.lines)
+        if "test" in tables:
+            drawn |= _of_digits(pl_module, tables["test"], self.worst)
+        for name, figure in drawn.items():
             self._publish(figure, name, trainer)
 
-    def figures(self, tables: dict[str, Any], pl_module: LightningModule) -> dict[str, Figure]:
-        """The pictures that fit this model and these data, by name."""
-        from lightning_gd import figures  # matplotlib takes a while to import: only when drawing
-
-        drawn = {}
-        parts = [part for part in ("train", "val", "test") if self._memory[f"{part}/loss"][0]]
-        if parts:
-            measured = {part: self._memory[f"{part}/loss"] for part in parts}
-            predicted = {part: self._memory[f"{PREDICTED}{part}/loss"] for part in parts}
-            predicted = {part: curve for part, curve in predicted.items() if curve[0]}
-            optimum = self._memory[f"{OPTIMUM}train/loss"][1]
-            drawn["loss"] = figures.loss_curves(
-                measured, predicted, optimum[-1] if optimum else None
-            )
-        weight = getattr(pl_module, "weight", None)
-        if isinstance(weight, Tensor) and weight.numel() == 784:
-            drawn["weights"] = figures.weight_picture(weight.detach().cpu().numpy())
-        if self._at is not None:
-            train = tables["train"]
-            drawn["fit"] = figures.fitted_lines(
-                train.x[:MOST_ROWS, 0].numpy(),
-                train.y[:MOST_ROWS].numpy(),
-                self._at[:, 0].numpy(),
-                [(updates, line.numpy()) for updates, line in self._lines],
-            )
-        return {**drawn, **self._digits(tables.get("test"), pl_module)}
-
-    def _digits(self, table: Any, pl_module: LightningModule) -> dict[str, Figure]:
-        from lightning_gd import figures
-
-        if table is None or table.raw.shape[1:] != (784,) or not (table.y.abs() == 1).all():
-            return {}
-        scores, y, labels = _predict(pl_module, table.x), table.y, table.labels
-        drawn = {
-            "wrong_digits": figures.wrong_digits(
-                table.raw.numpy(), y.numpy(), scores.numpy(), labels, self.worst
-            )
-        }
-        if labels is not None:
-            right, odd = ((scores > 0) == (y > 0)).float(), (y > 0).float().mean()
-            drawn["accuracy_by_digit"] = figures.accuracy_by_digit(
-                [float(right[labels == digit].mean()) for digit in range(10)],
-                float(right.mean()),
-                float(torch.maximum(odd, 1 - odd)),
-            )
-        return drawn
-
     def _publish(self, figure: Figure, name: str, trainer: Trainer) -> None:
-        """Render once, for the file and for TensorBoard; `add_figure` would render once more."""
+        """Render once; TensorBoard gets what is in the file."""
+        from matplotlib.image import imread
+
         assert self._folder is not None
         self._folder.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        (self._folder / f"{name}.png").write_bytes(buffer.getvalue())
-        width, height = figure.canvas.get_width_height()
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                size = (height, width)
-                _add_png(logger, f"pictures/{name}", buffer.getvalue(), size, trainer.global_step)
+        path = self._folder / f"{name}.png"
+        figure.savefig(path)
+        for board in boards(trainer):
+            tag, step = f"pictures/{name}", trainer.global_step
+            board.add_image(tag, imread(path), step, dataformats="HWC")
 
 
-def _tables(trainer: Trainer) -> dict[str, Any]:
-    data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-    return getattr(data, "tables", {})
+def _of_model(module: GradientDescentModule) -> dict[str, Figure]:
+    from lightning_gd import figures  # matplotlib takes a while to import: only when drawing
+
+    drawn, history = {}, module.curves.history
+    curves = {part: history.get(f"{part}/loss") for part in ("train", "val", "test")}
+    measured = {part: curve for part, curve in curves.items() if curve}
+    if measured:
+        curves = {part: history.get(f"predicted/{part}/loss") for part in measured}
+        predicted = {part: curve for part, curve in curves.items() if curve}
+        _, best = history.get("optimum/train/loss", ([], [None]))
+        drawn["loss"] = figures.loss_curves(measured, predicted, best[0])
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.numel() == 784:
+        drawn["weights"] = figures.weight_picture(weight.detach().float().cpu().numpy())
+    return drawn
 
 
-@torch.no_grad()
+def _of_lines(train: Table, at: Tensor, lines: list[tuple[int, Tensor]]) -> Figure:
+    from lightning_gd import figures
+
+    return figures.fitted_lines(train.x[:MOST_ROWS, 0], train.y[:MOST_ROWS], at[:, 0], lines)
+
+
+def _of_digits(module: LightningModule, table: Table, worst: int) -> dict[str, Figure]:
+    from lightning_gd import figures
+
+    if table.raw.shape[1:] != (784,) or not (table.y.abs() == 1).all():
+        return {}
+    scores, y, labels = _predict(module, table.x), table.y, table.labels
+    names = y.int() if labels is None else labels
+    drawn = {"wrong_digits": figures.wrong_digits(table.raw, y, scores, names, worst)}
+    if labels is not None:
+        right, odd = ((scores > 0) == (y > 0)).float(), float((y > 0).float().mean())
+        accuracies = [float(right[labels == digit].mean()) for digit in range(10)]
+        overall, majority = float(right.mean()), max(odd, 1 - odd)
+        drawn["accuracy_by_digit"] = figures.accuracy_by_digit(accuracies, overall, majority)
+    return drawn
+
+
 def _predict(module: LightningModule, x: Tensor) -> Tensor:
-    """Predictions on the CPU, without dropout and the like."""
-    training, like = module.training, next(module.parameters())
-    try:
-        return module.eval()(x.to(like)).float().cpu()
-    finally:
-        module.train(training)
-
-
-def _add_png(
-    logger: TensorBoardLogger, tag: str, png: bytes, size: tuple[int, int], step: int
-) -> None:
-    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
-    image = Summary.Image(height=size[0], width=size[1], colorspace=4, encoded_image_string=png)
-    summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-    logger.experiment._get_file_writer().add_summary(summary, step)
+    """Return the predictions in evaluation mode, on the CPU."""
+    with evaluating(module):
+        return module(x.to(next(module.parameters()))).float().cpu()

@@ -10,60 +10,56 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_gd.data.tensors import EVALUATION_ROWS, TensorDataModule
+from lightning_gd.data.tensors import EVALUATION_ROWS, tensor_data
 from lightning_gd.distributed import reduce_sum
 
 
 class Predictions(Callback):
-    """Writes `predictions.csv` into the folder of a `predict` run, one line a test row.
+    """Writes `predictions.csv` into the folder of a `predict` run, one line per test row.
 
-    `row` counts the test rows from 0; for a table of the user's it is the line of its file, whose
-    header is line 1. `target` is empty where it is not known.
+    `row` counts the test rows from 0; for a table read from a file it is the line of that file,
+    whose header is line 1. `target` is empty where it is not known. Several numbers per row stand
+    in one cell, separated by spaces. It needs a TensorDataModule.
     """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make room for all rows, of which each process fills its own."""
-        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        test = data.tables.get("test") if isinstance(data, TensorDataModule) else None
-        self._target = None if test is None else test.y
-        rows = 0 if test is None else len(test)
-        like = next(pl_module.parameters())
-        self._found = torch.zeros(2, rows, dtype=like.dtype, device=like.device)
+        """Begin with no predictions."""
+        self._found: Tensor | None = None  # shape [N, K + 1]: K numbers, and 1 if they are known
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Put the predictions of this process's share of a batch in their rows."""
-        if self._target is None:
+        """Keep the predictions for the local rows of a batch at the places of these rows."""
+        data, first = tensor_data(trainer), batch_idx * EVALUATION_ROWS
+        if data is None or not isinstance(outputs, Tensor) or outputs.ndim == 0:
             return
-        first = batch_idx * EVALUATION_ROWS
-        mine = slice(first + trainer.global_rank, first + EVALUATION_ROWS, trainer.world_size)
-        self._found[0, mine], self._found[1, mine] = outputs, 1
+        values = outputs[:, None].flatten(1)
+        if self._found is None:
+            self._found = values.new_zeros(len(data.tables["test"]), values.shape[1] + 1)
+        rows = self._found[first : first + EVALUATION_ROWS]
+        rows = rows[trainer.global_rank :: trainer.world_size]
+        if len(rows) == len(values):
+            rows.copy_(torch.cat([values, torch.ones_like(values[:, :1])], dim=1))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of all processes; the first one writes."""
-        if self._target is None:
+        data, logger = tensor_data(trainer), trainer.logger
+        if data is None or self._found is None:
             return
-        predictions, done = reduce_sum(self._found).cpu()
-        if trainer.is_global_zero and trainer.logger is not None and trainer.logger.log_dir:
-            data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            rows = getattr(data, "test_lines", range(len(predictions)))
-            known = [row for row, is_done in enumerate(done.tolist()) if is_done]
-            path = Path(trainer.logger.log_dir) / "predictions.csv"
-            _write(path, [(rows[i], self._target[i], predictions[i]) for i in known])
+        found = reduce_sum(self._found).cpu()
+        if trainer.is_global_zero and logger is not None and logger.log_dir:
+            numbers = getattr(data, "test_lines", range(len(found)))
+            path = Path(logger.log_dir) / "predictions.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(["row", "target", "prediction"])
+                for i in found[:, -1].nonzero().flatten().tolist():
+                    target = _cell(data.tables["test"].y[i])
+                    writer.writerow([numbers[i], target, _cell(found[i, :-1])])
             print(f"predictions: {path}")
 
 
-def _write(path: Path, rows: list[tuple[int, Tensor, Tensor]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "target", "prediction"])
-        for row, target, prediction in rows:
-            writer.writerow([row, "" if target.isnan() else target.item(), prediction.item()])
+def _cell(values: Tensor) -> str:
+    numbers = values.flatten().tolist()
+    return " ".join("" if number != number else repr(number) for number in numbers)

@@ -1,34 +1,45 @@
-"""A progress bar that counts updates."""
+"""The progress bar of the command line."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-SECONDS = 0.1  # between two drawings: drawing takes longer than a small update
+PER_SECOND = 10  # drawings: one takes longer than a small update
 
 
 class UpdateProgressBar(RichProgressBar):
-    """Lightning's rich progress bar, drawn by the clock rather than at each update."""
+    """Lightning's rich progress bar with the losses of the run, drawn ten times per second.
 
-    _drawn = 0.0
+    It counts steps: with `updates_per_step` above 1, each makes so many updates.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=PER_SECOND)
+        self._advanced = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the epoch alone: Lightning appends "/-2" where updates bound the run."""
+        super().on_train_epoch_start(trainer, pl_module)
+        if self.progress is not None and self.train_progress_bar_id is not None:
+            text = f"Epoch {trainer.current_epoch}"
+            self.progress.update(self.train_progress_bar_id, description=text)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance the bar, unless that was done just now."""
+        now, last = time.monotonic(), batch_idx + 1 == trainer.num_training_batches
+        if last or now - self._advanced > 1 / PER_SECOND:
+            self._advanced = now
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """The losses, without the version number of the run."""
+        """Return the metrics without the version number of the run."""
         items = super().get_metrics(trainer, pl_module)
-        items.pop("v_num", None)
-        return items
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return f"Epoch {current_epoch}"
-
-    def _should_update(self, current: int, total: int | float) -> bool:
-        now = time.monotonic()
-        if current < total and now - self._drawn < SECONDS:
-            return False
-        self._drawn = now
-        return True
+        return {name: value for name, value in items.items() if name != "v_num"}

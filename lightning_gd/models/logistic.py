@@ -1,7 +1,5 @@
 """Odd or even by logistic regression: the same scores, another loss."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -32,7 +30,6 @@ class LogisticParity(ParityRegressor):
         return {"weight": d @ x, "bias": d.sum()}
 
     def loss_and_gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Gradients]:
-        """Both from the same scores."""
         margin = y * self(x)
         d = y * torch.sigmoid(-margin) / -len(y)
         return -logsigmoid(margin).mean(), {"weight": d @ x, "bias": d.sum()}
@@ -42,8 +39,7 @@ class LogisticParity(ParityRegressor):
         return {"mse": MeanSquaredError(), **decision_metrics()}
 
     @staticmethod
-    def example_batch() -> tuple[LogisticParity, Tensor, Tensor]:
-        """A small instance away from its optimum, and a batch (x, y) for it."""
+    def example_batch() -> tuple["LogisticParity", Tensor, Tensor]:
         generator = torch.Generator().manual_seed(5)
         x, y = torch.rand(6, 16, generator=generator), torch.tensor([1.0, -1, 1, 1, -1, -1])
         return LogisticParity(num_features=16, start="linear"), x, y

@@ -1,7 +1,5 @@
 """Odd or even with a hidden layer: a backward pass written out as formulas."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
@@ -12,7 +10,7 @@ from torchmetrics import MeanSquaredError, Metric
 
 from lightning_gd.models.parity import decision_metrics
 from lightning_gd.module import GradientDescentModule, Gradients
-from lightning_gd.refusals import SEEDS, one_of, whole_number
+from lightning_gd.settings import SEEDS, one_of, whole_number
 
 
 class ParityMLP(GradientDescentModule):
@@ -108,7 +106,6 @@ class ParityMLP(GradientDescentModule):
         }
 
     def loss_and_gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Gradients]:
-        """Both from one forward pass."""
         layers = self._layers(x)
         return self._cost(layers[1], y), self.gradients(x, y, layers)
 
@@ -117,8 +114,8 @@ class ParityMLP(GradientDescentModule):
         return {"loss" if self._squared else "mse": MeanSquaredError(), **decision_metrics()}
 
     @staticmethod
-    def example_batch(**settings) -> tuple[ParityMLP, Tensor, Tensor]:
-        """A small instance and a batch (x, y) for it, with no hidden unit close to relu's kink.
+    def example_batch(**settings) -> tuple["ParityMLP", Tensor, Tensor]:
+        """Return a small instance and a batch (x, y), with no hidden unit near the kink of relu.
 
         Args:
             **settings: Passed on to the model, such as `activation="tanh"`.

@@ -1,7 +1,5 @@
 """Odd or even: the linear regressor of the notebooks as a classifier of digits."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -12,7 +10,7 @@ from lightning_gd.models.linear import LinearRegression
 
 
 class MajorityAccuracy(Metric):
-    """The accuracy of always naming the commoner class: what any classifier must beat."""
+    """Accuracy of always predicting the majority class, which a classifier must beat."""
 
     odd: Tensor
     total: Tensor
@@ -66,8 +64,7 @@ class ParityRegressor(LinearRegression):
         return {**super().metrics(), **decision_metrics()}
 
     @staticmethod
-    def example_batch() -> tuple[ParityRegressor, Tensor, Tensor]:
-        """A small instance away from its optimum, and a batch (x, y) for it."""
+    def example_batch() -> tuple["ParityRegressor", Tensor, Tensor]:
         generator = torch.Generator().manual_seed(2)
         x, y = torch.rand(6, 16, generator=generator), torch.tensor([1.0, -1, 1, 1, -1, -1])
         return ParityRegressor(num_features=16, start="uniform"), x, y

@@ -1,14 +1,12 @@
 """Ridge regression: least squares with a price on large weights."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torchmetrics import MeanSquaredError, Metric
 
 from lightning_gd.models.linear import LinearRegression
 from lightning_gd.module import Gradients
-from lightning_gd.refusals import number
+from lightning_gd.settings import number
 
 
 class RidgeRegression(LinearRegression):
@@ -54,8 +52,7 @@ class RidgeRegression(LinearRegression):
         return {"mse": MeanSquaredError()}
 
     @staticmethod
-    def example_batch() -> tuple[RidgeRegression, Tensor, Tensor]:
-        """A small instance away from its optimum, and a batch (x, y) for it."""
+    def example_batch() -> tuple["RidgeRegression", Tensor, Tensor]:
         generator = torch.Generator().manual_seed(4)
         x, y = torch.randn(7, 3, generator=generator), torch.randn(7, generator=generator)
         return RidgeRegression(alpha=0.3, num_features=3, start="linear"), x, y

@@ -15,14 +15,7 @@ from benchmarks.harness import Row
 from benchmarks.team import RSS_UNIT, Job, Run, Side
 
 TRAIN = str(Path(__file__).parents[1] / "train.py")
-WITHOUT_PICTURES = """
-import sys
-from lightning_gd.callbacks.pictures import Pictures
-from lightning_gd.cli import main
-Pictures.on_fit_end = lambda *arguments: None
-sys.exit(main([]))
-"""
-# Starts a command and tells its peak: that of a child of a large process would be the parent's.
+# Runs a command and prints its peak: that of a child of a large process would be the parent's.
 STARTER = """
 import resource, subprocess, sys, time
 start = time.perf_counter()
@@ -35,8 +28,9 @@ sys.exit(done.stderr if done.returncode else 0)
 def rows(quick: bool) -> list[Row]:
     """The row of the default command; its sides have no result in common but to succeed."""
     imported = partial(command, arguments=("-c", "import lightning.pytorch"))
+    without_pictures = partial(command, arguments=(TRAIN, "--pictures", "null"))
     sides = (
-        Side("train.py, no pictures", partial(command, arguments=("-c", WITHOUT_PICTURES))),
+        Side("train.py, no pictures", without_pictures),
         Side("import lightning.pytorch", imported, at_most=1.6),
         Side("train.py with pictures", partial(command, arguments=(TRAIN,))),
     )

@@ -100,10 +100,10 @@ def mapped_file(job: Job, mebibytes: int) -> Prepared:
 
 
 class Allocated:
-    """The peak of allocated memory above the start, with all beyond `SPARE` refused.
+    """The peak of allocated memory above the start; more than `SPARE` is refused.
 
-    Pages of a mapped file count as resident while there is room, and cost nothing: on Linux,
-    which tells them apart, they are left out.
+    Pages of a mapped file count as resident while memory is free, and cost nothing: Linux reports
+    them apart, and there they are left out.
     """
 
     def __enter__(self) -> Allocated:
@@ -144,5 +144,4 @@ def random_bytes(rows: int) -> tuple[Tensor, Tensor]:
 
 def flat(moments: Moments) -> np.ndarray:
     """All numbers of some moments, in one array."""
-    fields = (moments.mean_x, moments.mean_y, moments.cov_xx, moments.cov_xy, moments.var_y)
-    return torch.cat([field.reshape(-1) for field in fields]).numpy()
+    return torch.cat([moments.mean, moments.cov.flatten()]).numpy()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from benchmarks.team import Job, Run
 from lightning_gd import MNISTParityData
-from lightning_gd.data.tensors import Table, TensorDataModule
+from lightning_gd.data.tables import Table
+from lightning_gd.data.tensors import TensorDataModule
 from lightning_gd.distributed import world_size
 from lightning_gd.logger import RunLogger
 
@@ -33,7 +34,7 @@ def digits(job: Job, rows: int, **settings: Any) -> MNISTParityData:
 def warm(data: TensorDataModule) -> None:
     """Normalise before the clock starts, as for the peers."""
     for table in data.tables.values():
-        _ = table.x
+        _ = table.use(torch.float32).x
 
 
 def fit(model: Any, data: TensorDataModule, job: Job, *callbacks: Callback, **length: Any) -> Any:
@@ -67,7 +68,7 @@ def training_loss(data: TensorDataModule, weight: Tensor, bias: Tensor) -> np.nd
 
 
 def accuracy(data: TensorDataModule, weight: Tensor, bias: Tensor) -> np.ndarray:
-    """The share of test digits that are on the right side of 0, shape [1]."""
+    """The accuracy on the test digits, odd where the score is above 0, shape [1]."""
     right = (_scores(data.tables["test"], weight, bias) > 0) == (data.tables["test"].y > 0)
     return right.double().mean().reshape(1).numpy()
 
@@ -75,5 +76,5 @@ def accuracy(data: TensorDataModule, weight: Tensor, bias: Tensor) -> np.ndarray
 @torch.no_grad()
 def _scores(table: Table, weight: Tensor, bias: Tensor) -> Tensor:
     """Predictions in float64 and little memory, shape [N]."""
-    blocks = (block.double() * table.scale + table.shift for block in table.raw.split(8192))
-    return torch.cat([block @ weight.double() + bias.double() for block in blocks])
+    parts = (part.double() * table.scale + table.shift for part in table.raw.split(8192))
+    return torch.cat([part @ weight.double() + bias.double() for part in parts])

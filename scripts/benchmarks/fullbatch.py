@@ -13,14 +13,14 @@ from benchmarks.exact import flat, random_bytes
 from benchmarks.fitting import MNIST, SMALL, Prepared, digits, fit, warm, weights
 from benchmarks.harness import Row
 from benchmarks.team import Job, Run, Side
-from lightning_gd import ParityRegressor
-from lightning_gd.callbacks.gradient_check import GradientCheck
+from lightning_gd import GradientCheck, ParityRegressor, TestCurve
 from lightning_gd.data.mnist import SCALINGS
-from lightning_gd.data.tensors import Table, TensorDataModule
+from lightning_gd.data.tables import Table
+from lightning_gd.data.tensors import TensorDataModule
 from lightning_gd.distributed import reduce_sum, world_size
-from lightning_gd.moments import Moments
 
 LR, UPDATES, MANY = 0.002, 500, 2000
+PER_STEP = 50  # updates per step, as in the shipped experiments
 
 
 def rows(quick: bool) -> list[Row]:
@@ -68,14 +68,14 @@ def _flat(largest: int) -> Row:
 
 
 def _processes(count: int) -> list[Row]:
-    updates = partial(shared_updates, updates=count)
+    updates = partial(divided_updates, updates=count)
     formula = (
         Side("2 processes × 1 thread", updates, processes=2, threads=1),
         Side("1 × 1", updates, faster=1.3, threads=1),
     )
     moments = (
-        Side("2 processes × 1 thread", shared_moments, processes=2, threads=1),
-        Side("1 × 1", shared_moments, faster=1.7, tolerance=1e-12, threads=1),
+        Side("2 processes × 1 thread", divided_moments, processes=2, threads=1),
+        Side("1 × 1", divided_moments, faster=1.7, tolerance=1e-12, threads=1),
     )
     work = f"{MNIST:,} digits, full batch, {count} updates by the formula"
     return [
@@ -86,13 +86,16 @@ def _processes(count: int) -> list[Row]:
 
 def full_batch(job: Job, rows: int, moments: bool, check: bool = False) -> Prepared:
     """Ours: train and test loss at each update; by moments the pass over the bytes is timed."""
-    data = digits(job, rows, passes_per_epoch=UPDATES)
+    settings = {"passes_per_epoch": UPDATES, "updates_per_step": PER_STEP}
+    data = digits(job, rows, moments=moments, **settings)
+    callbacks = [TestCurve(), GradientCheck()] if check else [TestCurve()]
     if not moments:
         warm(data)
 
     def run() -> Run:
-        model = ParityRegressor(lr=LR, moments=moments)
-        fit(model, data, job, *([GradientCheck()] if check else []), max_epochs=1)
+        if moments:
+            data.tables = {part: unread(table) for part, table in data.tables.items()}
+        model = fit(ParityRegressor(lr=LR), data, job, *callbacks, max_epochs=1)
         return Run(weights(model.weight, model.bias), UPDATES)
 
     return run
@@ -130,35 +133,30 @@ class Clock(Callback):
         self.seconds += time.perf_counter()
 
 
-class Held(TensorDataModule):
-    """A table whose moments are taken once for all runs."""
-
-    held: Moments | None = None
-
-    def moments(self, part: str) -> Moments:
-        """Those of the only table."""
-        self.held = self.held or super().moments(part)
-        return self.held
+def unread(table: Table) -> Table:
+    """The same table without the moments and normalised rows that it keeps."""
+    return table.part(slice(None))
 
 
 def moments_updates(job: Job, rows: int) -> Prepared:
     """Updates from moments; the same thousand rows over and over, so that all sizes agree."""
     x, y = random_bytes(1000)
     times = rows // len(y)
-    data = Held(passes_per_epoch=MANY, test_every=0)
+    data = TensorDataModule(passes_per_epoch=MANY, updates_per_step=PER_STEP, moments=True)
     data.tables = {"train": Table(x.repeat(times, 1), y.repeat(times), *SCALINGS["standard"])}
+    data.moments_of("train")  # kept by the table for all runs
 
     def run() -> Run:
-        clock, model = Clock(), ParityRegressor(lr=1e-4, moments=True)
+        clock, model = Clock(), ParityRegressor(lr=1e-4)
         fit(model, data, job, clock, max_epochs=1)
         return Run(weights(model.weight, model.bias), MANY, clock.seconds)
 
     return run
 
 
-def shared_updates(job: Job, updates: int) -> Prepared:
-    """Updates by the formula, their rows shared by the processes that there are."""
-    data = digits(job, MNIST, passes_per_epoch=updates, test_every=0)
+def divided_updates(job: Job, updates: int) -> Prepared:
+    """Updates by the formula, their rows divided between the processes that there are."""
+    data = digits(job, MNIST, passes_per_epoch=updates, updates_per_step=PER_STEP)
     warm(data)
 
     def run() -> Run:
@@ -168,12 +166,12 @@ def shared_updates(job: Job, updates: int) -> Prepared:
     return run
 
 
-def shared_moments(job: Job) -> Prepared:
-    """The moments of all rows, shared by the processes that there are."""
+def divided_moments(job: Job) -> Prepared:
+    """The moments of all rows, divided between the processes that there are."""
     table = digits(job, MNIST).tables["train"]
     rank = torch.distributed.get_rank() if world_size() > 1 else 0
 
     def run() -> Run:
-        return Run(flat(table.moments(rank, world_size()).reduce(reduce_sum)))
+        return Run(flat(unread(table).moments(rank, world_size()).reduce(reduce_sum)))
 
     return run

@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.team import Job, Run, Side, Team
 
 LONG = 2.0  # seconds: a first run that takes longer needs no warm-up, and counts
-SHORT = 0.8  # seconds a round: a row that takes less goes on, up to four times the repeats
-BUDGET = 5.0  # seconds a round: a row that takes more stops after half of the repeats
+SHORT = 0.8  # seconds per round: a row that takes less goes on, up to four times the repeats
+BUDGET = 5.0  # seconds per round: a row that takes more stops after half of the repeats
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Row:
 
 @dataclass
 class Measured:
-    """What was measured of one side: seconds a unit, bytes, and its distance from our result."""
+    """What was measured of one side: seconds per unit, bytes, and its distance from our result."""
 
     side: Side
     seconds: list[float] = field(default_factory=list)
@@ -81,7 +81,7 @@ def measure(row: Row, job: Job, repeats: int, tick: Callable[[], None] = lambda:
 
     Args:
         row: The row.
-        job: What its sides are told.
+        job: What every side gets.
         repeats: Rounds; short rows get up to four times as many, long ones at least half.
         tick: Called after each run.
 

@@ -57,7 +57,7 @@ def caption(head: dict[str, Any]) -> str:
 
 
 def table(outcomes: list[Outcome]) -> Table:
-    """A heading for each row, then one line a side, the ratio and what was wanted of it last."""
+    """A heading for each row, then one line per side, the ratio and what was wanted of it last."""
     shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column("work", overflow="fold")
     for name in ("median", "min – max", "unit", "n", "MB", "ratio", "reach"):

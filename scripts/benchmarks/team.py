@@ -23,7 +23,7 @@ PRELOADED = ("lightning.pytorch", "torchvision", "sklearn.linear_model", "torchm
 
 @dataclass(frozen=True)
 class Job:
-    """What every side of every row is told.
+    """What every side of every row gets.
 
     Attributes:
         root: Folder of the full MNIST.

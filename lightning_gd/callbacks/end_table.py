@@ -1,0 +1,122 @@
+"""What a run did, as one table at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from lightning_gd.batch import Batch
+from lightning_gd.callbacks.gradient_check import GradientCheck
+from lightning_gd.callbacks.test_curve import evaluating
+from lightning_gd.data.tensors import tensor_data
+from lightning_gd.distributed import RowMean
+from lightning_gd.module import GradientDescentModule
+from lightning_gd.moments import MomentsBatch
+
+WIDTH = 18  # of the names
+
+
+class EndTable(Callback):
+    """Collects what a fit did and prints it as a table.
+
+    Attributes:
+        deferred: Whether the table is printed by a later call of `show`, after a closing test.
+    """
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self._rows: dict[str, str] = {}
+        self._metrics: dict[str, float] = {}
+        self._started, self._first = 0.0, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started, self._first = time.perf_counter(), trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock, and evaluate the training rows at the final weights."""
+        seconds, step = time.perf_counter() - self._started, trainer.global_step
+        resumed, lr = f" (to {step:,})" if self._first else "", pl_module.hparams.get("lr", "")
+        self._rows = {
+            "model": type(pl_module).__name__,
+            "gradient": pl_module.hparams.get("gradient", ""),
+            "updates": f"{step - self._first:,}{resumed}",
+            "seconds": f"{seconds:.2f}",
+            "learning rate": f"{lr:g}" if isinstance(lr, float) else str(lr),
+            "processes": f"{trainer.world_size} ({trainer.strategy.root_device.type})",
+        }
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, GradientCheck):
+                self._rows["gradient check"] = callback.summary()
+        self._metrics = {}
+        self.add(trainer.callback_metrics)
+        data = tensor_data(trainer)
+        if isinstance(pl_module, GradientDescentModule) and data is not None:
+            self._add_final_loss(pl_module, data.whole("train").to(pl_module.device))
+
+    def _add_final_loss(self, module: GradientDescentModule, batch: Batch) -> None:
+        rows, mean, loss = batch.rows(module), RowMean(), next(module.parameters()).new_zeros(())
+        with evaluating(module):
+            mean.add([batch.loss(module) if rows else loss], rows)
+        values = {"train/loss": mean.reduce()[0][0]}
+        self.add(values)
+        module.curves.record(module.trainer.global_step, values)
+        if isinstance(batch, MomentsBatch) and not module.automatic_optimization:
+            self._rows["gradient"] += ", from moments"
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table, unless that is deferred."""
+        if not self.deferred:
+            self.show(trainer)
+
+    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Put metrics such as `test/accuracy` into the table; later values win."""
+        self._metrics |= {name: float(value) for name, value in metrics.items()}
+
+    def show(self, trainer: Trainer) -> None:
+        """Print the table, on the first process."""
+        if not trainer.is_global_zero:
+            return
+        console, rows = Console(highlight=False), self._rows | _metric_rows(self._metrics)
+        console.rule()
+        for name, text in {**rows, **_paths(trainer)}.items():
+            if text:  # what is too long for the line stands below it; no text is broken
+                start = name + "\n  " if WIDTH + len(text) > console.width else name.ljust(WIDTH)
+                console.print(Text(start, "bold").append(text, "default"), soft_wrap=True)
+        console.rule()
+
+
+def _metric_rows(metrics: dict[str, float]) -> dict[str, str]:
+    rows = {}
+    for part in ("train", "val", "test"):
+        names = sorted(name for name in metrics if name.startswith(f"{part}/"))
+        for name in sorted(names, key=lambda name: not name.endswith("/loss")):
+            rows[name] = f"{metrics[name]:.6g}"
+        majority = rows.pop(f"{part}/majority_accuracy", None)
+        if majority is not None:
+            accuracy = rows.get(f"{part}/accuracy", "")
+            rows[f"{part}/accuracy"] = f"{accuracy} (majority class: {majority})"
+    return rows
+
+
+def _paths(trainer: Trainer) -> dict[str, str]:
+    logger, kept = trainer.logger, trainer.checkpoint_callback
+    board = _relative(getattr(logger, "save_dir", None))
+    return {
+        "logs": _relative(getattr(logger, "log_dir", None)),
+        "last checkpoint": _relative(getattr(kept, "last_model_path", None)),
+        "best checkpoint": _relative(getattr(kept, "best_model_path", None)),
+        "look at it": board and f"tensorboard --logdir {board}",
+    }
+
+
+def _relative(path: str | None) -> str:
+    """Return a path relative to the working folder where it lies inside; empty for no path."""
+    full, here = Path(path or "").resolve(), Path.cwd()
+    return path and str(full.relative_to(here) if full.is_relative_to(here) else full) or ""

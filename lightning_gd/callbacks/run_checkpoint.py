@@ -1,0 +1,139 @@
+"""The best and the last checkpoint of a run."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from lightning_gd.data.tables import GlobalBatches
+from lightning_gd.evaluation import watched
+from lightning_gd.settings import whole_number
+from lightning_gd.updates import epoch_is_complete
+
+
+class RunCheckpoint(Checkpoint):
+    """Keeps the best and the last checkpoint of a run: `best.ckpt`, `last.ckpt`.
+
+    The best is that of the lowest `val/loss` where the run validates, compared after each
+    validation, else of the lowest `train/loss` of an epoch. Test data are never looked at.
+
+    Args:
+        dirpath: Folder; null for `checkpoints` in the folder of the run.
+        every_n_updates: Save the last after every so many updates; null: at the end of each
+            epoch. Checkpoints are written between steps, so `data.updates_per_step` must divide
+            it, and the updates of an epoch.
+
+    Attributes:
+        best_model_path: The best checkpoint so far; empty where there is none.
+        last_model_path: The last checkpoint; empty where there is none.
+        best_model_score: The lowest metric so far.
+
+    Raises:
+        ValueError: If `every_n_updates` is below 1, or falls inside a step.
+    """
+
+    def __init__(self, dirpath: str | None = None, every_n_updates: int | None = None) -> None:
+        whole_number("every_n_updates", every_n_updates, 1, optional=True)
+        self.dirpath, self.every_n_updates = dirpath, every_n_updates
+        self.best_model_path = self.last_model_path = ""
+        self.best_model_score = float("inf")
+        self._folder: Path | None = None  # None writes nothing
+        self._validated, self._saved = -1, 0  # at which update
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the folder before anything is computed."""
+        self._folder, self._validated, self._saved = None, -1, 0
+        if stage != "fit" or getattr(trainer, "fast_dev_run", False):
+            return
+        self._folder = Path(self.dirpath) if self.dirpath else _run_folder(trainer) / "checkpoints"
+        if trainer.is_global_zero:
+            if trainer.ckpt_path is None and (self._folder / "last.ckpt").exists():
+                warnings.warn(f"the checkpoints in {self._folder} will be replaced", stacklevel=2)
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse an interval that would fall inside a step."""
+        loader, every = trainer.train_dataloader, self.every_n_updates
+        if every and isinstance(loader, GlobalBatches) and not loader.ends_step_every(every):
+            raise ValueError(
+                f"checkpoint.every_n_updates={every} falls inside a step of several updates: "
+                "data.updates_per_step must divide it, and the updates of an epoch"
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save the last within an epoch; its end and a validation save by themselves."""
+        if not epoch_is_complete(trainer) and not _validates_now(trainer, batch_idx):
+            self._save_within_epoch(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best, and the last where it is due; the end of an epoch saves by itself."""
+        self._validated = trainer.global_step
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if fitting and not epoch_is_complete(trainer):
+            self._save_best(trainer)
+            self._save_within_epoch(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best where its metric has just been measured, and the last.
+
+        An epoch that was cut short was saved before its end, from where it can continue.
+        """
+        if watched(trainer) == "train/loss" or self._validated == trainer.global_step:
+            self._save_best(trainer)
+        due = self.every_n_updates is None or self._is_due(trainer) or trainer.fit_loop.done
+        if due and epoch_is_complete(trainer):
+            self._save_last(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_model_path": self.best_model_path, "best_model_score": self.best_model_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from the best so far, if it is in this folder; the folder may have moved."""
+        best = Path(self._folder or "", "best.ckpt")
+        if self._folder and state_dict["best_model_path"] and best.is_file():
+            self.best_model_path = str(best)
+            self.best_model_score = float(state_dict["best_model_score"])
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        return bool(self.every_n_updates) and trainer.global_step % self.every_n_updates == 0
+
+    def _save_within_epoch(self, trainer: Trainer) -> None:
+        if self._is_due(trainer) or trainer.global_step == trainer.max_steps:
+            self._save_last(trainer)
+
+    def _save_best(self, trainer: Trainer) -> None:
+        score = float(trainer.callback_metrics.get(watched(trainer), float("inf")))
+        if self._folder and score < self.best_model_score:
+            self.best_model_path, self.best_model_score = str(self._folder / "best.ckpt"), score
+            trainer.save_checkpoint(self.best_model_path)
+
+    def _save_last(self, trainer: Trainer) -> None:
+        if self._folder and self._saved != trainer.global_step:  # else there was no update
+            self._saved, path = trainer.global_step, str(self._folder / "last.ckpt")
+            trainer.save_checkpoint(path)
+            self.last_model_path = path
+
+
+def _validates_now(trainer: Trainer, batch_idx: int) -> bool:
+    """Tell whether a validation follows this batch."""
+    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not (trainer.enable_validation and every) or watched(trainer) != "val/loss":
+        return False
+    if epochs is None:
+        return (trainer.fit_loop.total_batch_idx + 1) % every == 0
+    return (trainer.current_epoch + 1) % epochs == 0 and (batch_idx + 1) % every == 0
+
+
+def _run_folder(trainer: Trainer) -> Path:
+    """Return the folder of the run: that of the first logger, or of the Trainer without one."""
+    folder = trainer.default_root_dir
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        named = isinstance(logger.version, str)
+        version = str(logger.version) if named else f"version_{logger.version}"
+        folder = str(Path(logger.save_dir or folder, str(logger.name or ""), version))
+    return Path(trainer.strategy.broadcast(folder))

@@ -1,0 +1,83 @@
+"""The loss on the test rows during training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_gd.batch import Batch
+from lightning_gd.data.tables import GlobalBatches
+from lightning_gd.data.tensors import tensor_data
+from lightning_gd.distributed import reduce_sum
+from lightning_gd.module import GradientDescentModule
+from lightning_gd.settings import whole_number
+
+
+class TestCurve(Callback):
+    """Records `test/loss`, the loss over all test rows at the weights before an update.
+
+    It needs a GradientDescentModule and a TensorDataModule with test rows.
+
+    Args:
+        every_n_updates: Updates from one point to the next; null is 1 for the full batch and one
+            epoch for mini-batches.
+
+    Raises:
+        ValueError: If `every_n_updates` is below 1.
+    """
+
+    __test__ = False  # tells pytest that this is no test
+
+    def __init__(self, every_n_updates: int | None = None) -> None:
+        whole_number("every_n_updates", every_n_updates, 1, optional=True)
+        self.every_n_updates = every_n_updates
+        self._batch: Batch | None = None  # the local test rows, on the device of the model
+        self._fraction = 0.0  # of the rows of all processes
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move the local test rows to the device of the model."""
+        data, self._batch = tensor_data(trainer), None
+        if data and "test" in data.tables and isinstance(pl_module, GradientDescentModule):
+            self._batch = data.whole("test").to(pl_module.device)
+            rows = next(pl_module.parameters()).new_tensor(float(self._batch.rows(pl_module)))
+            self._fraction = float(rows / reduce_sum(rows.clone()))
+            usual = 1 if data.batch_size is None else updates_per_epoch(trainer)
+            self._every = self.every_n_updates or usual
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: GradientDescentModule, optimizer: Optimizer
+    ) -> None:
+        """Record the local part of a point where one is due; the loss is the sum of the parts."""
+        if self._batch is None or trainer.global_step % self._every:
+            return
+        part = next(pl_module.parameters()).new_zeros(())
+        if self._fraction:
+            with evaluating(pl_module):
+                part = self._batch.loss(pl_module) * self._fraction
+        pl_module.curves.record(trainer.global_step, {"test/loss": part}, local=True)
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Turn off dropout, batch statistics and autograd, and then restore each submodule's mode."""
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        with torch.no_grad():
+            module.eval()
+            yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+def updates_per_epoch(trainer: Trainer) -> int:
+    """Return the number of updates per epoch of this run."""
+    loader, steps = trainer.train_dataloader, trainer.num_training_batches
+    if isinstance(loader, GlobalBatches):
+        batches = int(min(loader.batches, steps * loader.per_step))
+        return -(-batches // (loader.per_update or 1))
+    return int(steps)

@@ -1,0 +1,148 @@
+"""What a run of a GradientDescentModule does around its steps, beside the hooks of the model."""
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch.optim import Optimizer
+
+from lightning_gd.adaptation import adapt, move_to_place
+from lightning_gd.batch import DataBatch, GivesUpdates, as_batch, batches_of
+from lightning_gd.evaluation import EvaluatedModule, check_batch, watched
+from lightning_gd.updates import (
+    epoch_is_complete,
+    gradient_norm,
+    record_update,
+    step_plateaus,
+    stop_if_diverged,
+    updates_in_epoch,
+)
+
+
+class RunHooks(Callback):
+    """Records updates, steps schedulers, evaluates, and stops a run that diverges.
+
+    Every GradientDescentModule adds it by `configure_callbacks`, so that a model may override
+    its own hooks without losing any of this.
+    """
+
+    def __init__(self) -> None:
+        self.epoch_loss: list[Any] = [0.0, 0.0]  # Σ loss · rows of this epoch so far, Σ rows
+        self._unchecked: set[str] = set()
+
+    def setup(self, trainer: Trainer, pl_module: EvaluatedModule, stage: str) -> None:
+        self.epoch_loss, self._unchecked = [0.0, 0.0], {"train", "evaluation"}
+        pl_module.batch_losses, pl_module.step_losses = [], []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
+        self.epoch_loss = [0.0, 0.0]
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: EvaluatedModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Check the shapes of the first batch before anything is computed from it."""
+        self._check("train", pl_module, batch)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: EvaluatedModule, optimizer: Optimizer
+    ) -> None:
+        """Record the update that autograd mode is about to make."""
+        if pl_module.automatic_optimization:
+            losses, pl_module.batch_losses = pl_module.batch_losses, []
+            rows = torch.stack([count for _, count in losses])
+            loss = (torch.stack([value for value, _ in losses]) * rows).sum() / rows.sum()
+            record_update(pl_module, loss, rows.sum(), gradient_norm(pl_module.parameters()))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: EvaluatedModule, *_: Any) -> None:
+        """Look at the losses of the step at once, and write the curves when enough is buffered."""
+        steps, pl_module.step_losses = pl_module.step_losses, []
+        if not steps:
+            return
+        losses = torch.stack([loss for loss, _ in steps])
+        stop_if_diverged(pl_module, trainer.global_step - len(steps), losses)
+        rows = torch.tensor([float(count) for _, count in steps]).to(losses)
+        self.epoch_loss[0] += (losses * rows).sum()
+        self.epoch_loss[1] += rows.sum()
+        if pl_module.automatic_optimization:
+            for loss in losses:
+                step_plateaus(pl_module, "step", loss)
+        if pl_module.curves.full():
+            pl_module.curves.write(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
+        """Log the mean loss of an epoch of mini-batches, and step the plateaus by epoch."""
+        total, rows = self.epoch_loss
+        data = getattr(trainer, "datamodule", None)
+        whole = isinstance(data, GivesUpdates) and data.full_batch
+        if rows and not whole:
+            pl_module.log("train/loss", total / rows, logger=False)
+        if epoch_is_complete(trainer):
+            step_plateaus(pl_module, "epoch", trainer.callback_metrics.get(watched(trainer)))
+
+    def on_train_end(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
+        pl_module.curves.write(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: EvaluatedModule, batch: Any, *_: Any
+    ) -> None:
+        self._check("evaluation", pl_module, batch)
+
+    on_test_batch_start = on_validation_batch_start
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
+        pl_module.start_evaluation()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
+        """Log the metrics as `val/…`; during a fit on the x axis of the other curves."""
+        self._end(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
+        self._end(trainer, pl_module, "test")
+
+    def _end(self, trainer: Trainer, module: EvaluatedModule, part: str) -> None:
+        values = {f"{part}/{name}": value for name, value in module.end_evaluation().items()}
+        fitting = trainer.state.fn == "fit"
+        module.log_dict(values, logger=False if fitting else None, sync_dist=True)
+        if fitting and not trainer.sanity_checking:
+            module.curves.record(trainer.global_step, dict(values))
+
+    def _check(self, kind: str, module: EvaluatedModule, content: Any) -> None:
+        if kind in self._unchecked:
+            self._unchecked.remove(kind)
+            first = as_batch(next(iter(batches_of(content))))
+            if isinstance(first, DataBatch):
+                check_batch(module, first.content)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch_loss": [float(value) for value in self.epoch_loss]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epoch_loss = list(state_dict["epoch_loss"])
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: EvaluatedModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write the curves up to here, and keep the length of their files and the place."""
+        checkpoint["updates_in_epoch"] = updates_in_epoch(trainer)
+        pl_module.curves.write(trainer)
+        files = [getattr(logger, "events", dict) for logger in trainer.loggers]
+        checkpoint["curve_files"] = [size() for size in files] if trainer.is_global_zero else []
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: EvaluatedModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let the settings that were given anew win over those in the state of the optimizer."""
+        if trainer.state.fn == "fit":
+            adapt(checkpoint, pl_module.hparams)
+            move_to_place(checkpoint, _updates_per_batch(trainer, pl_module))
+
+
+def _updates_per_batch(trainer: Trainer, module: EvaluatedModule) -> Fraction:
+    """Return the number of updates per batch of Lightning: a fraction if it accumulates."""
+    data = getattr(trainer, "datamodule", None)
+    if module.automatic_optimization or not isinstance(data, GivesUpdates):
+        return Fraction(1, trainer.accumulate_grad_batches)
+    return Fraction(data.updates_per_step)

@@ -1,1 +1,0 @@
-"""The experiments of the five notebooks, beside the numbers that the notebooks print."""

@@ -1,0 +1,109 @@
+"""Which checkpoint a run continues from, and whose settings win."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_gd.checkpoints import OURS, class_name, read, settings_of
+from lightning_gd.module import GradientDescentModule
+
+FOUND = "LIGHTNING_GD_CKPT_PATH"  # environment: process that looked, and what it found
+
+
+def load(path: str | os.PathLike[str], **settings: Any) -> GradientDescentModule:
+    """Return the model of a checkpoint, with its settings and weights, on the CPU.
+
+    Args:
+        path: A local file.
+        **settings: Arguments of the model that replace those of the checkpoint.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is refused, see `lightning_gd.checkpoints.read`, or its class is
+            neither one of this package nor imported.
+    """
+    name = str(read(path)[OURS].get("model"))
+    module, _, last = name.rpartition(".")
+    if module.startswith(f"{OURS}.models."):
+        import_module(module)
+    # Only what is imported already: a checkpoint must not choose what is imported.
+    cls = getattr(sys.modules.get(module), last, None)
+    if not (isinstance(cls, type) and issubclass(cls, GradientDescentModule)):
+        raise ValueError(f"checkpoint {path} is of {name}: import that class first")
+    return cls.load_from_checkpoint(path, **settings)
+
+
+def find(word: str, runs: Path) -> str:
+    """Return the checkpoint file that `--ckpt_path` names.
+
+    The processes that Lightning starts for a run get the answer of the process that started
+    them: by then the run may have written a newer checkpoint.
+
+    Args:
+        word: `last` or `best`, for that of the newest run in `runs` that has one; the folder of
+            a run, for its last; or a file.
+        runs: The folder of the runs of one experiment.
+
+    Raises:
+        FileNotFoundError: If no run has a checkpoint of that name.
+    """
+    process, _, file = os.environ.get(FOUND, "").partition(" ")
+    if process == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0":
+        return file
+    file = _newest(word, runs) if word in ("last", "best") else _last_in(word)
+    os.environ[FOUND] = f"{os.getpid()} {file}"
+    return file
+
+
+def _newest(name: str, runs: Path) -> str:
+    files = list(runs.glob(f"version_*/checkpoints/{name}.ckpt"))
+    if not files:
+        raise FileNotFoundError(f"--ckpt_path {name}: no run in {runs} has a checkpoint yet")
+    return str(max(files, key=lambda file: _version(file.parent.parent)))
+
+
+def _last_in(path: str) -> str:
+    inside = (Path(path, "checkpoints", "last.ckpt"), Path(path, "last.ckpt"))
+    return next((str(file) for file in inside if file.is_file()), path)
+
+
+def _version(run: Path) -> int:
+    number = run.name.removeprefix("version_")
+    return int(number) if number.isdigit() else -1
+
+
+def run_of(file: str) -> tuple[str, str, int] | None:
+    """Return `(save_dir, name, version)` of the run whose last checkpoint a file is, or None.
+
+    From any other checkpoint a new run starts: nothing that the old one wrote later is removed.
+    """
+    path = Path(file).absolute()
+    run = path.parent.parent
+    if path.name != "last.ckpt" or path.parent.name != "checkpoints" or _version(run) < 0:
+        return None
+    return str(run.parent.parent), run.parent.name, _version(run)
+
+
+def settings_in(checkpoint: dict[str, Any], data: type) -> dict[str, dict[str, Any]]:
+    """Return the settings of the model in a checkpoint, and of its data if of class `data`."""
+    found = {"model": settings_of(checkpoint)}
+    if checkpoint[OURS].get("data") == class_name(data):
+        found["data"] = settings_of(checkpoint, "datamodule_hyper_parameters")
+    return found
+
+
+def differences(
+    mine: Mapping[str, Mapping[str, Any]], others: Mapping[str, Mapping[str, Any]]
+) -> dict[str, str]:
+    """Return `value instead of other` by `part.name`, for the settings that both have."""
+    return {
+        f"{part}.{name}": f"{mine[part][name]} instead of {value}"
+        for part, values in others.items()
+        for name, value in values.items()
+        if name in mine.get(part, {}) and mine[part][name] != value
+    }

@@ -1,0 +1,99 @@
+"""What happens around a single update: its norm, its record, schedulers, divergence."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_gd.batch import CountsUpdates
+from lightning_gd.evaluation import EvaluatedModule
+from lightning_gd.settings import DivergenceError
+
+STEPPED_HERE = 2**62  # a frequency at which Lightning never steps a scheduler
+
+
+def gradient_norm(parameters: Iterable[Parameter]) -> Tensor:
+    """Return the Euclidean norm of all gradients together, shape []."""
+    norms = [torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def record_update(
+    module: EvaluatedModule, loss: Tensor, rows: Tensor | float, norm: Tensor
+) -> None:
+    """Record the point of each curve at the update that is about to be made."""
+    trainer = module.trainer
+    step = trainer.global_step
+    values: dict[str, Tensor | float] = {"train/loss": loss, "gradient_norm": norm}
+    if step == 0 or trainer.lr_scheduler_configs:
+        values["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+    module.curves.record(step, values)
+    module.step_losses.append((loss, rows))
+
+
+def step_schedulers(module: EvaluatedModule, interval: str) -> None:
+    """Step the schedulers but plateaus in explicit mode, where Lightning steps none.
+
+    Args:
+        module: The model of the run.
+        interval: `step` (per update) or `epoch`.
+    """
+    for config in module.trainer.lr_scheduler_configs:
+        scheduler: Any = config.scheduler
+        if config.interval == interval and not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+
+
+def step_plateaus(module: EvaluatedModule, interval: str, metric: Tensor | None) -> None:
+    """Step the plateaus in both modes: Lightning does it after the checkpoint is written.
+
+    Args:
+        module: The model of the run.
+        interval: `step` (per update) or `epoch`.
+        metric: What a plateau looks at; None leaves it as it is.
+    """
+    for config in module.trainer.lr_scheduler_configs:
+        scheduler: Any = config.scheduler
+        ours = not module.automatic_optimization or config.frequency == STEPPED_HERE
+        if not (ours and config.interval == interval and metric is not None):
+            continue
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(metric)
+
+
+def updates_in_epoch(trainer: Trainer) -> int | None:
+    """Return the number of updates made in this epoch, 0 after the last; None: unknown."""
+    loader = trainer.train_dataloader
+    return loader.updates_in_epoch() if isinstance(loader, CountsUpdates) else None
+
+
+def epoch_is_complete(trainer: Trainer) -> bool:
+    """Tell whether the last update of an epoch was made; `max_steps` may end it before."""
+    return trainer.is_last_batch and not updates_in_epoch(trainer)
+
+
+def stop_if_diverged(module: EvaluatedModule, first: int, losses: Tensor) -> None:
+    """Raise DivergenceError if a loss or a weight is not finite, on every process alike.
+
+    Args:
+        module: The model after the updates.
+        first: Number of updates made before them.
+        losses: The loss before each of them, shape [k].
+    """
+    finite = [p.isfinite().all() for p in module.parameters() if p.requires_grad]
+    if torch.cat([losses.isfinite(), torch.stack(finite)]).all():
+        return
+    module.curves.write(module.trainer)
+    bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
+    made = first + (bad[0] if bad else len(losses))
+    what = f"the loss is {losses[bad[0]].item()}" if bad else "a weight is not finite"
+    lr, stable = module.trainer.optimizers[0].param_groups[0]["lr"], ""
+    if module.stable_lr is not None:
+        stable = f" (the largest stable rate of full-batch SGD is {module.stable_lr:.4g})"
+    last = getattr(module.trainer.checkpoint_callback, "last_model_path", "")
+    kept = f"the last finite checkpoint is {last}" if last else "no checkpoint was written"
+    raise DivergenceError(f"diverged: {what} after {made} updates at lr {lr:.4g}{stable}; {kept}")
