@@ -89,14 +89,14 @@ class GradientDescentModule(ConfiguredModule):
         """Return the loss for autograd, or make the updates of this step by the formula."""
         if self.automatic_optimization:
             return self._loss_for_autograd(as_batch(batch))
-        batches = batches_of(batch)
+        batches, left = batches_of(batch), self.trainer.max_steps - self.trainer.global_step
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
             for i, content in enumerate(batches):
                 self._add_local_gradients(as_batch(content), trained)
                 if self._is_due(i, len(batches), batch_idx):
                     self._explicit_update(list(trained.values()))
-                if self.trainer.global_step == self.trainer.max_steps:
+                if len(self.step_losses) == left:  # max_steps lies within this step
                     break
         if epoch_is_complete(self.trainer):
             step_schedulers(self, "epoch")

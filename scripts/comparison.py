@@ -90,42 +90,45 @@ def load_problem(
     words = resolve(["--config", experiment])
     path = Path(words[words.index("--config") + 1])
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    rate = {} if lr is None else {"lr": lr}
-    model, data = _build(config["model"], **rate), _build(config["data"])
-    _check_comparable(experiment, model)
+    model_class, settings = _class_of(config["model"])
+    if getattr(model_class, "loss", None) is not LinearRegression.loss:
+        raise UsageError(
+            f"--config {experiment} trains {model_class.__name__}: the comparison is for the "
+            "squared loss of LinearRegression and ParityRegressor"
+        )
+    data_class, data_settings = _class_of(config["data"])
+    data = data_class(**data_settings)
     data.prepare_data()
     data.setup("fit")
     tables = {part: (t.x.to(dtype), t.y.to(dtype)) for part, t in data.tables.items()}
     if data.tables.get("test") in (data.tables["train"], None):
         tables["test"] = tables["train"]
-    weight, bias = (p.detach().to(dtype) for p in (model.weight, model.bias))
-    h = model.hparams
-    problem = Problem(
-        tables, weight, bias if model.bias.requires_grad else None, 0.0, h["momentum"]
-    )
-    return replace(problem, lr=problem.curvature.auto_lr if h["lr"] == "auto" else h["lr"])
+    settings |= {"num_features": tables["train"][0].shape[1]} | ({} if lr is None else {"lr": lr})
+    return _problem(experiment, model_class(**settings), tables, dtype)
 
 
-def _build(section: dict[str, Any], **changes: Any) -> Any:
+def _class_of(section: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a class that an experiment names, and its arguments."""
     module, _, name = section["class_path"].rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
-    return cls(**{**section.get("init_args", {}), **changes})
+    return getattr(importlib.import_module(module), name), dict(section.get("init_args", {}))
 
 
-def _check_comparable(experiment: str, model: Any) -> None:
-    plain = {"optimizer": "SGD", "optimizer_args": None, "scheduler": None}
+def _problem(
+    experiment: str, model: Any, tables: dict[str, tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> Problem:
+    """Refuse what the other implementations do not do, and read the start off the model."""
+    h, plain = model.hparams, {"optimizer": "SGD", "optimizer_args": None, "scheduler": None}
     plain |= {"gradient_clip_val": None, "accumulate_grad_batches": 1}
-    if getattr(type(model), "loss", None) is not LinearRegression.loss:
-        raise UsageError(
-            f"--config {experiment} trains {type(model).__name__}: the comparison is for the "
-            "squared loss of LinearRegression and ParityRegressor"
-        )
     for name, value in plain.items():
-        if model.hparams[name] != value:
+        if h[name] != value:
             raise UsageError(
-                f"--config {experiment} sets {name}={model.hparams[name]!r}: the comparison is "
+                f"--config {experiment} sets {name}={h[name]!r}: the comparison is "
                 f"for {name}={value!r}"
             )
+    weight, bias = (p.detach().to(dtype) for p in (model.weight, model.bias))
+    trained = bias if model.bias.requires_grad else None
+    problem = Problem(tables, weight, trained, 0.0, h["momentum"])
+    return replace(problem, lr=problem.curvature.auto_lr if h["lr"] == "auto" else h["lr"])
 
 
 def by_numpy(

@@ -23,7 +23,6 @@ def quiet_trainer(steps: int, double: bool, *callbacks: Callback) -> Trainer:
         devices=1,
         precision="64-true" if double else "32-true",
         callbacks=list(callbacks),
-        limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -1,7 +1,7 @@
 """A process that imports everything once and forks a command line for each request.
 
-What is forked runs `main(argv)` as `scripts/train.py` does, is killed for real by signal 9, and
-says in a shared byte what it was doing. `Forge` is the side of the tests.
+A fork runs `main(argv)` as `scripts/train.py` does, is killed by signal 9, and says in a shared
+byte what it was doing. `Forge` is the side of the tests.
 """
 
 import contextlib
@@ -18,14 +18,15 @@ from pathlib import Path
 
 PHASES = {
     "between two steps": (),
-    "choosing the rows": ("lightning_gd.data.tensors", "GlobalBatches", "_block"),
+    "choosing the rows": ("lightning_gd.data.tables", "GlobalBatches", "_mini"),
     "updating": ("lightning_gd.module", "GradientDescentModule", "training_step"),
-    "ending an epoch": ("lightning.pytorch.loops.fit_loop", "_FitLoop", "on_advance_end"),
-    "validating": ("lightning.pytorch.loops.evaluation_loop", "_EvaluationLoop", "run"),
+    "ending an epoch": ("lightning_gd.hooks", "RunHooks", "on_train_epoch_end"),
+    "validating": ("lightning_gd.evaluation", "EvaluatedModule", "validation_step"),
     "gathering a checkpoint": ("lightning.pytorch", "Trainer", "save_checkpoint"),
     "writing curves": ("lightning_gd.curves", "Curves", "write"),
     "writing a checkpoint": ("lightning_gd.checkpoints", "SafeCheckpointIO", "save_checkpoint"),
 }
+PHASE: list[bytearray | mmap.mmap] = [bytearray(1)]
 
 
 class Forge:
@@ -33,13 +34,9 @@ class Forge:
 
     def __init__(self, folder):
         self.folder, self.runs = Path(folder), 0
-        self.server = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        env, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+        words = [sys.executable, __file__]
+        self.server = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=env)
 
     def __enter__(self):
         return self
@@ -56,10 +53,14 @@ class Forge:
     def start(self, argv, world=1, die=None):
         """Fork `world` processes that run `main(argv)` together; what they are known by."""
         self.runs += 1
-        log = self.folder / f"{self.runs}.log"
-        (self.folder / f"{self.runs}.phase").write_bytes(b"\0")
-        pids = self._ask(argv=argv, world=world, die=die, log=str(log), port=free_port())
-        return {"pids": pids, "log": log, "phase": log.with_suffix(".phase")}
+        log, phase = (self.folder / f"{self.runs}.{kind}" for kind in ("log", "phase"))
+        phase.write_bytes(b"\0")
+        where = {"log": str(log), "phase": str(phase), "port": free_port()}
+        return {
+            "log": log,
+            "phase": phase,
+            "pids": self._ask(argv=argv, world=world, die=die, **where),
+        }
 
     def wait(self, run):
         """The exit statuses, negative for a signal."""
@@ -107,22 +108,18 @@ def serve():
 
 
 def note(number, module, owner, name):
-    """While a function runs, the shared byte holds its number."""
+    """While a method runs, the shared byte holds its number."""
     owner = getattr(__import__(module, fromlist=[owner]), owner)
     function = getattr(owner, name)
 
     def noted(*args, **kwargs):
-        before, Shared.byte[0] = Shared.byte[0], number
+        before, PHASE[0][0] = PHASE[0][0], number
         try:
             return function(*args, **kwargs)
         finally:
-            Shared.byte[0] = before
+            PHASE[0][0] = before
 
     setattr(owner, name, noted)
-
-
-class Shared:
-    byte: bytearray | mmap.mmap = bytearray(1)
 
 
 def fork(main, request, rank):
@@ -130,29 +127,7 @@ def fork(main, request, rank):
     if pid:
         return pid
     try:
-        output = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.close(0)
-        if rank == 0:
-            with open(request["log"].replace(".log", ".phase"), "r+b") as file:
-                Shared.byte = mmap.mmap(file.fileno(), 1)
-        if request["world"] > 1:  # what torchrun tells its processes
-            os.environ.update(
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(request["port"]),
-                WORLD_SIZE=str(request["world"]),
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                GROUP_RANK="0",
-                LOCAL_WORLD_SIZE=str(request["world"]),
-                TORCHELASTIC_RUN_ID="killed",
-            )
-            from lightning.pytorch.utilities import rank_zero_only
-
-            rank_zero_only.rank = rank  # set at the import, which was before
-        if request["die"] and rank == 0:
-            arrange(**request["die"])
+        become(rank, **request)
         code = main(request["argv"])
         sys.stdout.flush()
         sys.stderr.flush()
@@ -162,12 +137,33 @@ def fork(main, request, rank):
     sys.exit(code)  # all the way through the end of the interpreter, as a script does
 
 
+def become(rank, world, log, phase, port, die, **_):
+    """Write to the log, and be process `rank` of a world as torchrun starts it."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(0)
+    if world > 1:
+        from lightning.pytorch.utilities import rank_zero_only
+
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        place |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ["TORCHELASTIC_RUN_ID"] = "killed"
+        rank_zero_only.rank = rank  # set at the import, which was before
+    if rank == 0:
+        with open(phase, "r+b") as file:
+            PHASE[0] = mmap.mmap(file.fileno(), 1)
+        if die:
+            arrange(**die)
+
+
 def arrange(save, how):
     """In the `save`-th writing of a checkpoint: die there by signal 9, or find the disk full."""
     from lightning_gd.checkpoints import SafeCheckpointIO
 
     write, fsync, replace = SafeCheckpointIO.save_checkpoint, os.fsync, os.replace
-    count = 0
+    left = iter(range(save - 1))
 
     def die(*args):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -176,20 +172,17 @@ def arrange(save, how):
         os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
         die()
 
-    def save_checkpoint(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count < save:
-            return write(*args, **kwargs)
-        if how == "full disk":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        os.fsync = {"half written": half, "before the sync": die}.get(how, fsync)
-        os.replace = {"before the rename": die, "after the rename": after}.get(how, replace)
-        return write(*args, **kwargs)
-
     def after(*args):
         replace(*args)
         die()
+
+    def save_checkpoint(*args, **kwargs):
+        if next(left, None) is None:
+            if how == "full disk":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            os.fsync = {"half written": half, "before the sync": die}.get(how, fsync)
+            os.replace = {"before the rename": die, "after the rename": after}.get(how, replace)
+        return write(*args, **kwargs)
 
     SafeCheckpointIO.save_checkpoint = save_checkpoint
 
@@ -197,11 +190,9 @@ def arrange(save, how):
 def first_checkpoint(folder, timeout=120.0):
     """Wait until a run has written its first checkpoint."""
     until = time.monotonic() + timeout
-    while time.monotonic() < until:
-        if any(Path(folder).glob("**/checkpoints/last.ckpt")):
-            return
+    while not any(Path(folder).glob("**/checkpoints/last.ckpt")):
+        assert time.monotonic() < until, f"no checkpoint in {folder} after {timeout} s"
         time.sleep(0.002)
-    raise TimeoutError(f"no checkpoint in {folder} after {timeout} s")
 
 
 if __name__ == "__main__":

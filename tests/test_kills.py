@@ -11,48 +11,52 @@ from conftest import counted
 from killed import Forge, first_checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gd.loading import read
+from lightning_gd.checkpoints import read
 
-EVERY = "--checkpoint.every_n_updates"
-FULL = ["--data.batch_size", "null", "--data.passes_per_epoch", "50", "--trainer.max_steps", "900"]
-AUTOGRAD = ["--model.gradient", "autograd"]
-MOMENTUM = ["--model.momentum", "0.9"]
-MOMENTS = [*FULL, "--model.moments", "true"]
-STEPS = ["--model.scheduler", "StepLR", "--model.scheduler_args", '{"step_size": 3, "gamma": 0.9}']
-PLATEAU = [
-    "--model.scheduler",
-    "ReduceLROnPlateau",
-    "--model.scheduler_args",
-    '{"patience": 1, "factor": 0.7}',
-]
-BLOCKS = ["--data.num_val", "0", "--data.batch_size", "1", "--trainer.max_epochs", "90"]
-LIMIT = ["--trainer.limit_train_batches", "5", "--trainer.max_epochs", "70"]
-WITHIN = ["--trainer.val_check_interval", "4"]
-LONGER = ["--trainer.max_epochs", "80"]
+EVERY = "checkpoint.every_n_updates"
+MOMENTUM = {"model.momentum": 0.9}
+AUTOGRAD = {"model.gradient": "autograd"}
+FULL = {"data.batch_size": "null", "data.passes_per_epoch": 50, "trainer.max_steps": 900}
+MOMENTS = {**FULL, **MOMENTUM, "data.moments": "true", "data.updates_per_step": 10}
+STEPS = {"model.scheduler": "StepLR", "model.scheduler_args": '{"step_size": 3, "gamma": 0.9}'}
+BY_UPDATE = {
+    "model.scheduler": "ExponentialLR",
+    "model.scheduler_args": '{"gamma": 0.998}',
+    "model.scheduler_interval": "update",
+}
+PLATEAU = {
+    "model.scheduler": "ReduceLROnPlateau",
+    "model.scheduler_args": '{"patience": 1, "factor": 0.7}',
+}
+SINGLE_ROWS = {"data.batch_size": 1, "trainer.max_epochs": 60, "data.updates_per_step": 6}
+LIMIT = {"trainer.limit_train_batches": 3, "data.updates_per_step": 2, "trainer.max_epochs": 70}
+ACCUMULATE = {"data.updates_per_step": 2, "model.accumulate_grad_batches": 2}
 
-# The command line after `--config rows.yaml`, and the number of processes. 41 rows, 5 of them for
-# validation, in batches of 4: 9 updates an epoch, 40 epochs.
+# Settings beside those of rows.yaml, and the number of processes. 41 rows, 5 of them for
+# validation, in batches of 4: 9 updates per epoch, 40 epochs.
 CASES = {
-    "explicit, mini-batches, validation": ([*STEPS, *MOMENTUM, EVERY, "7"], 1),
-    "autograd, mini-batches, plateau": ([*AUTOGRAD, *PLATEAU, *MOMENTUM, EVERY, "7"], 1),
-    "explicit, full batch": ([*FULL, *MOMENTUM, EVERY, "10"], 1),
-    "autograd, full batch": (
-        [*FULL, *AUTOGRAD, *MOMENTUM, EVERY, "10", "--trainer.max_steps", "400"],
+    "mini-batches": ({**STEPS, **MOMENTUM, EVERY: 7}, 1),
+    "mini-batches, autograd": ({**AUTOGRAD, **PLATEAU, **MOMENTUM, EVERY: 7}, 1),
+    "full batch": ({**FULL, **MOMENTUM, EVERY: 10}, 1),
+    "full batch, autograd": (
+        {**FULL, **AUTOGRAD, **BY_UPDATE, EVERY: 10, "trainer.max_steps": 400},
         1,
     ),
-    "explicit, blocks of many updates": ([*BLOCKS, *MOMENTUM, EVERY, "50"], 1),
-    "explicit, moments": ([*MOMENTS, *MOMENTUM, EVERY, "10"], 1),
-    "explicit, limit_train_batches": ([*LIMIT, *STEPS, EVERY, "4"], 1),
-    "explicit, validation within the epoch": ([*WITHIN, *PLATEAU, EVERY, "5"], 1),
-    "explicit, a checkpoint each epoch": (LONGER, 1),
-    "explicit, 2 processes": ([*STEPS, *MOMENTUM, EVERY, "7"], 2),
-    "autograd, 2 processes": ([*AUTOGRAD, *STEPS, EVERY, "7"], 2),
-    "explicit, moments, 2 processes": ([*MOMENTS, *MOMENTUM, EVERY, "20"], 2),
+    "several updates per step": ({**SINGLE_ROWS, **MOMENTUM, **BY_UPDATE, EVERY: 12}, 1),
+    "moments": ({**MOMENTS, EVERY: 10}, 1),
+    "limit_train_batches": ({**LIMIT, **STEPS, EVERY: 2}, 1),
+    "validation within the epoch": ({"trainer.val_check_interval": 4, **PLATEAU, EVERY: 5}, 1),
+    "a checkpoint each epoch": ({**ACCUMULATE, **MOMENTUM, "trainer.max_epochs": 100}, 1),
+    "accumulation, autograd": (
+        {**AUTOGRAD, "trainer.accumulate_grad_batches": 2, EVERY: 3, "trainer.max_epochs": 80},
+        1,
+    ),
+    "2 processes": ({**STEPS, **MOMENTUM, EVERY: 7}, 2),
+    "2 processes, autograd": ({**AUTOGRAD, **STEPS, EVERY: 7}, 2),
+    "2 processes, moments": ({**MOMENTS, EVERY: 20}, 2),
 }
-SHORT = "a short run"
-CASES[SHORT] = ([*STEPS, *MOMENTUM, EVERY, "7", "--trainer.max_epochs", "6"], 1)
-QUICK = ("explicit, mini-batches, validation",)
-COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "epoch_loss", "global_step", "epoch")
+SHORT = ({**STEPS, **MOMENTUM, EVERY: 7, "trainer.max_epochs": 6}, 1)
+COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
 
 
 def rows(folder):
@@ -65,60 +69,55 @@ def rows(folder):
         "model:\n  class_path: lightning_gd.LinearRegression\n"
         "  init_args: {num_features: 3, start: uniform, lr: 0.02}\n"
         "data:\n  class_path: lightning_gd.PointsData\n"
-        f"  init_args: {{x: {x}, y: {y}, batch_size: 4, num_val: 5, test_every: 1}}\n"
-        "trainer: {max_epochs: 40}\n"
+        f"  init_args: {{x: {x}, y: {y}, batch_size: 4, num_val: 5}}\n"
+        "trainer: {max_epochs: 40, accelerator: cpu, enable_progress_bar: false}\n"
     )
     return file
-
-
-@pytest.fixture(scope="module")
-def forge(tmp_path_factory):
-    with Forge(tmp_path_factory.mktemp("forge")) as forge:
-        yield forge
 
 
 class Case:
     """One command line, run undisturbed once."""
 
-    def __init__(self, forge, name, folder):
-        self.forge, self.folder, (arguments, self.world) = forge, folder, CASES[name]
+    def __init__(self, forge, settings, world, folder):
+        self.forge, self.folder, self.world = forge, folder, world
         folder.mkdir(exist_ok=True)
-        self.arguments = ["--config", str(rows(folder)), *arguments]
-        run = forge.start(self.command("undisturbed"), self.world)
+        settings = {**settings, "test_curve.every_n_updates": 1, "trainer.devices": world}
+        if world > 1:
+            settings["trainer.strategy"] = "ddp"
+        typed = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+        self.words = ["fit", "--config", str(rows(folder)), *typed]
+        run = forge.start(self.command("undisturbed"), world)
         first_checkpoint(folder / "undisturbed")
         first = time.monotonic()
-        assert forge.wait(run) == [0] * self.world, run["log"].read_text()[-2000:]
+        assert forge.wait(run) == [0] * world, run["log"].read_text()[-2000:]
         self.seconds = time.monotonic() - first  # in which a kill counts
         self.end = end_of(folder / "undisturbed")
 
     def command(self, name, *more):
-        many = ["--trainer.devices", str(self.world), "--trainer.accelerator", "cpu"]
-        many += ["--trainer.strategy", "ddp"] if self.world > 1 else []
-        quiet = ["--trainer.enable_progress_bar", "false"]
-        root = ["--trainer.default_root_dir", str(self.folder / name)]
-        return ["fit", *self.arguments, *many, *quiet, *root, *more]
+        return [*self.words, "--trainer.default_root_dir", str(self.folder / name), *more]
 
     def killed(self, name, dice):
         """Start, wait for the first checkpoint and a little more, kill; the phase that was hit."""
-        share = dice.random()
+        part = dice.random()
         for attempt in range(4):  # the run may have ended: wait less
-            run = self.forge.start(self.command(f"{name}-{attempt}"), self.world)
-            first_checkpoint(self.folder / f"{name}-{attempt}")
-            time.sleep(share * self.seconds * 0.8 / 2**attempt)
+            again = f"{name}-{attempt}"
+            run = self.forge.start(self.command(again), self.world)
+            first_checkpoint(self.folder / again)
+            time.sleep(part * self.seconds * 0.8 / 2**attempt)
             self.forge.kill(run)
-            if self.forge.wait(run)[0] == -9 and self.updates(f"{name}-{attempt}"):
-                return f"{name}-{attempt}", self.forge.phase(run)
+            left = read(last(self.folder / again))["global_step"] < self.end[0]["global_step"]
+            if self.forge.wait(run)[0] == -9 and left:
+                return again, self.forge.phase(run)
         raise AssertionError(f"{name}: every run had ended before it was killed")
 
-    def updates(self, name):
-        """Whether updates are left to do after the last checkpoint."""
-        return read(last(self.folder / name))["global_step"] < self.end[0]["global_step"]
-
-    def resumed(self, name):
-        """What the run ended with, resumed by its own command and `--ckpt_path last`."""
+    def check_resumed(self, name):
+        """Resume by the same command and `--ckpt_path last`; all must be as undisturbed."""
         statuses, output = self.forge.run(self.command(name, "--ckpt_path", "last"), self.world)
         assert statuses == [0] * self.world, output[-2000:]
-        return end_of(self.folder / name)
+        (last_one, *others), (expected, *more) = end_of(self.folder / name), self.end
+        for name in COMPARED:
+            assert_equal(last_one[name], expected[name], name)
+        assert_equal(others, more, "best and curves")
 
 
 def last(folder):
@@ -131,7 +130,8 @@ def end_of(folder):
     assert [run.name for run in Path(folder).glob("*/*")] == ["version_0"]
     files = last(folder).parent
     assert sorted(file.name for file in files.iterdir()) == ["best.ckpt", "last.ckpt"]
-    return read(files / "last.ckpt"), read(files / "best.ckpt"), curves(files.parent)
+    best = read(files / "best.ckpt")
+    return read(files / "last.ckpt"), best["state_dict"], best["global_step"], curves(files.parent)
 
 
 def curves(folder):
@@ -142,15 +142,6 @@ def curves(folder):
         doubled = [step for step, n in Counter(v.step for v in values).items() if n > 1]
         assert not doubled, f"{tag} has steps twice: {doubled}"
     return {tag: {v.step: v.value for v in values} for tag, values in points.items()}
-
-
-def assert_same(end, expected):
-    (last_one, best, drawn), (last_expected, best_expected, drawn_expected) = end, expected
-    for name in COMPARED:
-        assert_equal(last_one[name], last_expected[name], name)
-    for name in ("state_dict", "global_step"):
-        assert_equal(best[name], best_expected[name], f"best {name}")
-    assert_equal(drawn, drawn_expected, "curves")
 
 
 def assert_equal(value, expected, where):
@@ -167,28 +158,31 @@ def assert_equal(value, expected, where):
         assert value == expected, f"{where}: {value} instead of {expected}"
 
 
-def survive(forge, names, kills, folder, seed):
-    """Kill each case so many times, at moments that the seed draws; all must end alike."""
-    dice, failed = random.Random(seed), []
-    for name in names:
-        case = Case(forge, name, folder / name.replace(" ", "_"))
-        for kill in range(kills):
-            run, phase = case.killed(f"kill{kill}", dice)
-            try:
-                with counted("kills survived"), counted(f"  killed while {phase}"):
-                    assert_same(case.resumed(run), case.end)
-            except AssertionError as error:
-                failed.append(f"{name}, killed while {phase}: {str(error)[:500]}")
-    assert not failed, "\n".join(failed)
+@pytest.fixture(scope="module")
+def forge(tmp_path_factory):
+    with Forge(tmp_path_factory.mktemp("forge")) as forge:
+        yield forge
 
 
-def test_killed_at_a_random_moment(forge, tmp_path):
-    survive(forge, QUICK, 2, tmp_path, seed=1)
+@pytest.fixture(scope="module")
+def short(forge, tmp_path_factory):
+    return Case(forge, *SHORT, tmp_path_factory.mktemp("writing"))
 
 
-@pytest.mark.slow
-def test_killed_at_many_random_moments(forge, tmp_path):
-    survive(forge, [name for name in CASES if name != SHORT], 2, tmp_path, seed=2)
+KILLED = [
+    pytest.param(name, seed, marks=pytest.mark.slow if seed > 1 else ())
+    for name in CASES
+    for seed in ((1, 2) if name == "mini-batches" else (2,))
+]
+
+
+@pytest.mark.parametrize("name, seed", KILLED)
+def test_killed_at_a_random_moment(forge, tmp_path, name, seed):
+    case, dice = Case(forge, *CASES[name], tmp_path), random.Random(f"{name} {seed}")
+    for kill in range(2):
+        run, phase = case.killed(f"kill{kill}", dice)
+        with counted("kills survived"), counted(f"  killed while {phase}"):
+            case.check_resumed(run)
 
 
 WRITINGS = [
@@ -200,34 +194,27 @@ WRITINGS = [
 
 
 @pytest.mark.parametrize("how", WRITINGS)
-def test_killed_in_the_midst_of_writing(forge, case, how):
-    """The fifth checkpoint is best or last; either way one that was complete is gone on from."""
-    name = how.replace(" ", "_")
-    statuses, _ = forge.run(case.command(name), die={"save": 5, "how": how})
+def test_killed_in_the_midst_of_writing(forge, short, how):
+    """The fifth checkpoint is best or last; either way the run continues from a complete one."""
+    statuses, _ = forge.run(short.command(how), die={"save": 5, "how": how})
     assert statuses == [-9]
-    files = {file.name for file in last(case.folder / name).parent.iterdir()}
+    folder = last(short.folder / how).parent
+    files = {file.name for file in folder.iterdir()}
     partial = {file for file in files if file.endswith(".partial")}
     assert files - partial == {"best.ckpt", "last.ckpt"}
     assert len(partial) == (how != "after the rename")
     with counted("kills survived"), counted("  killed while writing a checkpoint"):
-        for file in ("best.ckpt", "last.ckpt"):
-            read(last(case.folder / name).with_name(file))
-        assert_same(case.resumed(name), case.end)
+        for file in files - partial:
+            read(folder / file)
+        short.check_resumed(how)
 
 
-def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(forge, case):
-    statuses, output = forge.run(case.command("full"), die={"save": 5, "how": "full disk"})
+def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(forge, short):
+    statuses, output = forge.run(short.command("full"), die={"save": 5, "how": "full disk"})
     assert statuses == [1]
     line = output.strip().splitlines()[-1]
     assert line.startswith("error: checkpoint ") and "File too large" in line
-    assert line.endswith("the one before it is untouched")
-    assert {f.name for f in last(case.folder / "full").parent.iterdir()} == {
-        "best.ckpt",
-        "last.ckpt",
-    }
-    assert_same(case.resumed("full"), case.end)
-
-
-@pytest.fixture(scope="module")
-def case(forge, tmp_path_factory):
-    return Case(forge, SHORT, tmp_path_factory.mktemp("writing"))
+    assert line.endswith("the previous one is untouched")
+    files = last(short.folder / "full").parent.iterdir()
+    assert {file.name for file in files} == {"best.ckpt", "last.ckpt"}
+    short.check_resumed("full")

@@ -12,7 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 LAYOUT = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Layout")[2]
 # The files in the order of the table: row by row, and in a row from left to right.
-ORDER = re.findall(r"`([\w/]+(?:\.py|/))`", "".join(re.findall(r"^\|([^|]*)\|", LAYOUT, re.M)))
+ROWS = re.findall(r"^\| (`.*?) \|", LAYOUT, re.M)
+ORDER = re.findall(r"`([\w/]+(?:\.py|/))`", " ".join(ROWS))
 
 
 def module_file(module):

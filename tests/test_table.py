@@ -2,9 +2,9 @@
 
 import csv
 import re
-from fractions import Fraction
 from pathlib import Path
 
+import mpmath  # comes with torch
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -59,17 +59,12 @@ def near_copy(path, spread, rows=60):
     return str(path)
 
 
-def rational_solution(x, y):
-    """(w, b) of least squares with an intercept, by elimination without any rounding."""
-    rows = [[*map(Fraction, row), Fraction(1)] for row in torch.cat([x, y[:, None]], 1).tolist()]
-    rows = [[*row[:-2], row[-1], row[-2]] for row in rows]  # features, 1, target
-    size = len(rows[0]) - 1
-    a = [[sum(r[i] * r[j] for r in rows) for j in range(size + 1)] for i in range(size)]
-    for i in range(size):
-        a[i] = [v / a[i][i] for v in a[i]]
-        for k in set(range(size)) - {i}:
-            a[k] = [v - a[k][i] * u for v, u in zip(a[k], a[i], strict=True)]
-    return torch.tensor([float(row[-1]) for row in a], dtype=torch.float64)
+def solution(x, y):
+    """(w, b) of least squares with an intercept, by elimination with 60 digits."""
+    with mpmath.workdps(60):
+        rows = mpmath.matrix([[*row, 1] for row in x.tolist()])
+        theta = mpmath.lu_solve(rows.T * rows, rows.T * mpmath.matrix(y.tolist()))
+        return torch.tensor([float(value) for value in theta], dtype=torch.float64)
 
 
 def fit(make_trainer, data, tmp_path, steps, **settings):
@@ -89,13 +84,11 @@ def fit(make_trainer, data, tmp_path, steps, **settings):
 PLACED = [
     ("", {}, "has no header: its first line must name the columns"),
     ("a,b,y\n", {}, "has a header and no rows"),
-    ("a,b,y\n\n\n", {}, "has a header and no rows"),
     ("a,b,a,y\n1,2,3,4\n", {}, "line 1: 2 columns are named 'a'"),
     ("a,price,y\n1,2,3\n", {"target": "pric"}, "has no column 'pric': did you mean 'price'?"),
     ("a,b,y\n1,2,3\n", {"features": ["c"]}, "has no column 'c': its columns: a, b, y"),
     ("a,b,y\n1,2,3\n", {"features": ["a", "y"]}, "features=['a', 'y'] must name one or more"),
     ("a,b,y\n1,2,3\n", {"features": ["a", "a"]}, "each once and without the target 'y'"),
-    ("a,b,y\n1,2,3\n", {"features": []}, "features=[] must name one or more columns of"),
     ("y\n1\n", {}, "features=[] must name one or more columns of"),
     (",b,y\n0,1,2\n", {}, "features=['', 'b'] must name one or more columns of"),
     ("a;b;y\n1;2;3\n", {}, "is --data.separator right? its columns: a;b;y"),
@@ -226,11 +219,11 @@ def test_the_exact_solution_has_the_digits_that_nist_certifies():
 
 
 @pytest.mark.parametrize("spread", [1e-1, 1e-4, 1e-6])
-def test_the_exact_solution_of_near_copies_equals_that_of_fractions(tmp_path, spread):
+def test_the_exact_solution_of_near_copies_has_its_digits(tmp_path, spread):
     data = TableData(near_copy(tmp_path / "t.csv", spread), "y", test_fraction=0.0)
     data.setup()
     found, x, y = exact(data)
-    truth = rational_solution(x, y)
+    truth = solution(x, y)
     # The condition number of the rows, about 3/spread, times eps and the size of the table.
     error = ((found - truth)[:-1] * data.scale).abs().max()
     assert error < (2e-15 / spread + 1e-13) * (truth[:-1] * data.scale).abs().max()
@@ -366,5 +359,3 @@ def test_one_command_fits_a_table_and_one_predicts(tmp_path, monkeypatch):
     written = Path("lightning_logs/table/version_1/predictions.csv").read_text().splitlines()
     assert f"predictions: {Path('lightning_logs/table/version_1/predictions.csv')}" in out
     assert written[0] == "row,target,prediction" and len(written) == 4
-    status, _, err = run("--config", "table", "--model.num_features", "3")
-    assert status == 2 and "num_features=3" in err and "[N, 6]" in err

@@ -1,4 +1,8 @@
-"""Lightning's ordinary objects on the explicit road: counters, checkpoints, stopping, resuming."""
+"""Lightning's ordinary objects around a fit: counters, checkpoints, stopping, hooks, resuming."""
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import pandas
 import pytest
@@ -6,210 +10,263 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from test_roads import RandomRows
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_modes import CLOSE, MODES, RandomRows, Rows, line, normal
 
-from lightning_gd import LinearRegression, PointsData
-from lightning_gd.checkpoints import RunCheckpoint
+from lightning_gd import LinearRegression, RunLogger
+from lightning_gd.settings import check_trainer
 
-
-def model_for(trainer, **settings):
-    with trainer.init_module():
-        return LinearRegression(num_features=3, start="uniform", **{"lr": 0.02, **settings})
+FOUR = {"batch_size": 5, "num_val": 3}  # 4 batches per epoch, and validation
 
 
 def fit(trainer, data=None, ckpt_path=None, **settings):
-    model = model_for(trainer, **settings)
+    model = line(**settings).double()
     trainer.fit(model, datamodule=RandomRows(**(data or {"batch_size": 8})), ckpt_path=ckpt_path)
     return model
 
 
-class Blocks(Callback):
-    """Notes global_step and batch_idx at the end of each block; content with blocks."""
-
-    every_n_updates = 0
+class Seen(Callback):
+    """Notes what a callback is given around each step."""
 
     def __init__(self):
-        self.seen = []
+        self.steps, self.losses, self.batches = [], [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(batch)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen.append((trainer.global_step, batch_idx))
+        self.steps.append((trainer.global_step, batch_idx))
+        self.losses.append(outputs["loss"].item())
 
 
-def test_counting(make_trainer):
-    blocks = Blocks()
-    trainer = make_trainer(max_steps=11, callbacks=[blocks])
-    fit(trainer)  # 3 batches an epoch
-    assert (trainer.global_step, trainer.current_epoch) == (11, 4)  # the fourth was cut short
-    assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 11
-    assert trainer.fit_loop.epoch_loop._batches_that_stepped == 11
-    assert blocks.seen == [(3, 2), (6, 2), (9, 2), (11, 1)]
+STEPS = {
+    1: [(k + 1, k % 3) for k in range(11)],
+    2: [(2, 0), (3, 1), (5, 0), (6, 1), (8, 0), (9, 1), (11, 0)],
+    7: [(3, 0), (6, 0), (9, 0), (11, 0)],
+}
 
 
-def test_a_callback_of_single_batches_sees_each(make_trainer):
-    class Plain(Callback):
-        seen = 0
-
-        def on_train_batch_end(self, *args):
-            self.seen += 1
-
-    plain = Plain()
-    fit(make_trainer(max_steps=11, callbacks=[plain]))
-    assert plain.seen == 11
+@pytest.mark.parametrize("updates", STEPS)
+def test_counting(make_trainer, updates):
+    """3 batches per epoch; the fourth epoch is cut short."""
+    seen = Seen()
+    trainer = make_trainer(max_steps=11, callbacks=[seen])
+    fit(trainer, {"batch_size": 8, "updates_per_step": updates})
+    assert (trainer.global_step, trainer.current_epoch) == (11, 4)
+    assert seen.steps == STEPS[updates]
 
 
-def test_updates_per_step_bounds_a_block(make_trainer):
-    blocks = Blocks()
-    fit(
-        make_trainer(max_steps=10, callbacks=[blocks]), {"passes_per_epoch": 10}, updates_per_step=4
-    )
-    assert [step for step, _ in blocks.seen] == [4, 8, 10]
+@pytest.mark.parametrize("gradient", MODES)
+def test_a_callback_sees_the_rows_and_the_loss_of_each_update(make_trainer, gradient):
+    seen, loss = Seen(), {}
+
+    class Before(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            x, y = batch
+            assert x.shape == (len(y), 3) and len(y) == (8, 8, 7)[batch_idx]
+            loss[trainer.global_step] = pl_module.loss(x, y).item()
+
+    model = fit(make_trainer(max_steps=7, callbacks=[seen, Before()]), gradient=gradient)
+    assert seen.losses == pytest.approx(list(loss.values()), rel=1e-13)  # by another sum
+    assert model.curves.history["train/loss"] == (list(range(7)), seen.losses)
 
 
-def test_limit_train_batches_counts_updates(make_trainer):
-    for limit, expected in ((4, 8), (0.5, 10)):
+def test_lightnings_intervals_count_steps(make_trainer):
+    for limit, updates, expected in ((4, 1, 8), (0.5, 1, 10), (2, 3, 12)):
         trainer = make_trainer(max_epochs=2, limit_train_batches=limit)
-        fit(trainer, {"passes_per_epoch": 10})
+        fit(trainer, {"passes_per_epoch": 10, "updates_per_step": updates})
         assert trainer.global_step == expected
 
 
 def test_overfit_batches_repeats_the_first_rows(make_trainer):
-    trainer = make_trainer(max_epochs=200, overfit_batches=1)
-    model = fit(trainer, {"batch_size": 3})
-    data = RandomRows()
-    data.setup()
-    x, y = data.tables["train"].x[:3], data.tables["train"].y[:3]
-    assert (
-        model.loss(x, y).item() < 1e-2 < model.loss(data.tables["train"].x, data.tables["train"].y)
-    )
+    model = fit(make_trainer(max_epochs=200, overfit_batches=1), {"batch_size": 3})
+    table = RandomRows().load()["train"]
+    assert model.loss(table.x[:3], table.y[:3]) < 1e-2 < model.loss(table.x, table.y)
 
 
-def test_checkpoint_by_step_and_by_metric(make_trainer, tmp_path):
+@pytest.mark.parametrize("updates", [1, 2])
+def test_checkpoint_by_step_and_by_metric(make_trainer, tmp_path, updates):
     by_step = ModelCheckpoint(tmp_path / "step", every_n_train_steps=4, save_top_k=-1)
     by_metric = ModelCheckpoint(tmp_path / "metric", monitor="val/loss", filename="{step}")
     trainer = make_trainer(max_steps=20, callbacks=[by_step, by_metric], enable_checkpointing=True)
-    fit(trainer, {"batch_size": 5, "num_val": 3})
+    model = fit(trainer, {**FOUR, "updates_per_step": updates})
     names = sorted(path.stem.split("step=")[1] for path in (tmp_path / "step").iterdir())
     assert names == ["12", "16", "20", "4", "8"]
     saved = torch.load(by_step.best_model_path, weights_only=True)
     assert saved["global_step"] in (4, 8, 12, 16, 20)
-    assert by_metric.best_model_score == pytest.approx(
-        min(_val_losses(make_trainer, {"batch_size": 5, "num_val": 3})), rel=1e-12
-    )
+    assert by_metric.best_model_score == min(model.curves.history["val/loss"][1])
 
 
-def _val_losses(make_trainer, data):
-    losses = []
-
-    class Keep(Callback):
-        def on_validation_end(self, trainer, pl_module):
-            losses.append(trainer.callback_metrics["val/loss"].item())
-
-    fit(make_trainer(max_steps=20, callbacks=[Keep()], num_sanity_val_steps=0), data)
-    return losses
-
-
-@pytest.mark.parametrize("gradient", ["explicit", "autograd"])
-def test_early_stopping(make_trainer, gradient):
-    stop = EarlyStopping("val/loss", patience=2, min_delta=0.05)
-    trainer = make_trainer(max_epochs=100, callbacks=[stop])
-    fit(trainer, {"batch_size": 5, "num_val": 3}, gradient=gradient)
-    assert 0 < trainer.current_epoch < 100
-    assert trainer.global_step == 4 * trainer.current_epoch
-
-
-def test_early_stopping_agrees_on_both_roads(make_trainer):
-    stopped = []
-    for gradient in ("explicit", "autograd"):
-        stop = EarlyStopping("train/loss", patience=1, min_delta=0.05)
+@pytest.mark.parametrize("monitor, data", [("val/loss", FOUR), ("train/loss", {"batch_size": 8})])
+def test_early_stopping_agrees_in_both_modes(make_trainer, monitor, data):
+    ends = []
+    for gradient in MODES:
+        stop = EarlyStopping(monitor, patience=1, min_delta=0.05)
         trainer = make_trainer(max_epochs=100, callbacks=[stop])
-        fit(trainer, gradient=gradient)
-        stopped.append((trainer.global_step, trainer.callback_metrics["train/loss"].item()))
-    assert stopped[0][0] == stopped[1][0]
-    assert stopped[0][1] == pytest.approx(stopped[1][1], rel=1e-12)
+        fit(trainer, data, gradient=gradient)
+        assert 0 < trainer.current_epoch < 100
+        ends.append((trainer.global_step, trainer.callback_metrics[monitor].item()))
+    assert ends[0] == pytest.approx(ends[1], rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .*_dataloader' does not have many workers")
+def test_the_loss_of_several_validation_loaders_is_over_all_their_rows(make_trainer):
+    sizes = (8, 3, 2)
+    parts = [Rows(normal(n, 3, seed=n), normal(n, seed=2 * n)) for n in sizes]
+    for part in parts:
+        part.setup("test")
+    model, trainer = line().double(), make_trainer(max_steps=3, limit_train_batches=3)
+    trainer.fit(model, parts[0].test_dataloader(), [part.test_dataloader() for part in parts])
+    x, y = (torch.cat([getattr(part.rows, name) for part in parts]) for name in ("x", "y"))
+    expected = pytest.approx(model.loss(x, y).item(), rel=1e-13)
+    assert trainer.callback_metrics["val/loss"].item() == expected
+
+
+# A model with hooks of its own
+
+HOOKS = (
+    "setup on_fit_start on_train_start on_train_epoch_start on_train_batch_start "
+    "on_before_optimizer_step on_train_batch_end on_validation_epoch_start "
+    "on_validation_epoch_end on_train_epoch_end on_train_end on_save_checkpoint on_load_checkpoint"
+).split()
+
+
+@pytest.mark.parametrize("gradient", MODES)
+def test_hooks_of_a_model_need_no_super(make_trainer, tmp_path, gradient):
+    plateau = {"scheduler": "ReduceLROnPlateau", "scheduler_args": {"patience": 0}}
+    settings: Any = {"num_features": 3, "gradient": gradient, "lr": 0.01, **plateau}
+    called, ends = [], []
+    hooks = {name: lambda *_, name=name, **__: called.append(name) for name in HOOKS}
+    for cls in (LinearRegression, type("Own", (LinearRegression,), hooks)):
+        first, second = (cls(**settings).double() for _ in range(2))
+        trainer, file = make_trainer(max_steps=6), tmp_path / f"{cls.__name__}.ckpt"
+        trainer.fit(first, datamodule=RandomRows(**FOUR))
+        trainer.save_checkpoint(file)
+        make_trainer(max_steps=13).fit(second, datamodule=RandomRows(**FOUR), ckpt_path=file)
+        ends.append((first.curves.history, second.curves.history, second.state_dict()))
+    assert set(called) == set(HOOKS)
+    assert repr(ends[0]) == repr(ends[1]) and len(ends[0][1]["train/loss"][0]) == 7
+
+
+# Resuming
+
+SCHEDULES = {
+    "by epoch": {"scheduler": "StepLR", "scheduler_args": {"step_size": 1, "gamma": 0.9}},
+    "by update": {
+        "scheduler": "StepLR",
+        "scheduler_args": {"step_size": 5, "gamma": 0.9},
+        "scheduler_interval": "update",
+    },
+    "plateau": {
+        "scheduler": "ReduceLROnPlateau",
+        "scheduler_args": {"patience": 0, "threshold": 0.3, "factor": 0.7},
+    },
+}
+STOPS = [(1, 1, 3), (3, 3, 1), (4, 1, 1), (4, 3, 3), (6, 1, 3), (7, 2, 1), (11, 4, 2)]
+
+
+def same_from(stop, resumed, whole, **close):
+    """The weights at the end, and the curves after update `stop`, are those of the whole run."""
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), **close)
+    for tag, (steps, values) in whole.curves.history.items():
+        left = [i for i, k in enumerate(steps) if k > stop or (k == stop and tag != "val/loss")]
+        if left:
+            found = resumed.curves.history[tag]
+            assert found[0] == [steps[i] for i in left], tag
+            expected = torch.tensor([values[i] for i in left])
+            torch.testing.assert_close(torch.tensor(found[1]), expected, **close)
+
+
+@pytest.mark.parametrize("bound", [{"max_steps": 17}, {"max_epochs": 4}], ids=str)
+@pytest.mark.parametrize("settings", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("modes", list(itertools.product(MODES, MODES)), ids=" ".join)
+def test_a_stopped_run_resumes_to_the_bit(make_trainer, tmp_path, modes, settings, bound):
+    """At any update of any step, with another `updates_per_step`, and in the other mode."""
+    close = {"rtol": 0, "atol": 0} if modes[0] == modes[1] else CLOSE
+    settings = {"momentum": 0.9, **settings}
+    whole = fit(make_trainer(**bound), FOUR, gradient=modes[1], **settings)
+    for stop, before, after in STOPS:
+        trainer, file = make_trainer(max_steps=stop), tmp_path / f"{stop}.ckpt"
+        fit(trainer, {**FOUR, "updates_per_step": before}, gradient=modes[0], **settings)
+        trainer.save_checkpoint(file)
+        data = {**FOUR, "updates_per_step": after}
+        resumed = fit(make_trainer(**bound), data, file, gradient=modes[1], **settings)
+        same_from(stop, resumed, whole, **close)
 
 
 # The second ModelCheckpoint writes elsewhere: Lightning says that it forgets the first's scores.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("gradient", ["explicit", "autograd"])
-@pytest.mark.parametrize("data", [{"batch_size": 8}, {"passes_per_epoch": 6}], ids=str)
-@pytest.mark.parametrize("at", [4, 6, 7])
-def test_resume_ends_in_the_same_bits(make_trainer, tmp_path, gradient, data, at):
-    settings = {
-        "gradient": gradient,
-        "momentum": 0.9,
-        "scheduler": "StepLR",
-        "scheduler_args": {"step_size": 2, "gamma": 0.9},
-    }
-    whole = fit(make_trainer(max_steps=17), data, **settings)
-    save = ModelCheckpoint(tmp_path, every_n_train_steps=at, filename="{step}", save_top_k=-1)
-    fit(make_trainer(max_steps=at, callbacks=[save], enable_checkpointing=True), data, **settings)
-    again = ModelCheckpoint(tmp_path / "2", every_n_train_steps=at, save_top_k=-1)
-    trainer = make_trainer(max_steps=17, callbacks=[again], enable_checkpointing=True)
-    resumed = fit(trainer, data, ckpt_path=tmp_path / f"step={at}.ckpt", **settings)
-    assert trainer.global_step == 17
-    assert torch.equal(resumed.weight, whole.weight) and torch.equal(resumed.bias, whole.bias)
+@pytest.mark.parametrize("gradient", MODES)
+@pytest.mark.parametrize("data", [FOUR, {"passes_per_epoch": 6}], ids=str)
+def test_every_checkpoint_of_lightnings_resumes_to_the_bit(make_trainer, tmp_path, gradient, data):
+    """Also one that is written after the last step of an epoch, before its end."""
+    settings = {"gradient": gradient, "momentum": 0.9, **SCHEDULES["by epoch"]}
+
+    def saving(folder):
+        save = ModelCheckpoint(folder, every_n_train_steps=1, filename="{step}", save_top_k=-1)
+        return make_trainer(max_epochs=3, callbacks=[save], enable_checkpointing=True)
+
+    whole = fit(saving(tmp_path), data, **settings)
+    for file in tmp_path.glob("*.ckpt"):
+        resumed = fit(saving(tmp_path / file.stem), data, file, **settings)
+        same_from(int(file.stem.split("=")[1]), resumed, whole, rtol=0, atol=0)
+
+
+# Curves and loggers
 
 
 def test_curves_count_updates(make_trainer, tmp_path):
-    """The loss at step k is that before update k; the test loss is at the same weights."""
+    """The loss at step k is that before update k."""
     curves = {}
-    for gradient in ("explicit", "autograd"):
+    for gradient in MODES:
         logger = CSVLogger(tmp_path, gradient)
         fit(make_trainer(max_steps=9, logger=logger), {"passes_per_epoch": 9}, gradient=gradient)
         curves[gradient] = pandas.read_csv(f"{logger.log_dir}/metrics.csv").set_index("step")
-    data = RandomRows()
-    data.setup()
-    train, test = data.tables["train"], data.tables["test"]
-    model = model_for(make_trainer())
+    table, model = RandomRows().load()["train"], line().double()
     for step in range(9):
-        for table, name in ((train, "train/loss"), (test, "test/loss")):
-            expected = model.loss(table.x, table.y).item()
-            for gradient in curves:
-                assert curves[gradient][name][step] == pytest.approx(expected, rel=1e-12)
-        gradients = model.gradients(train.x, train.y)
+        gradients = model.gradients(table.x, table.y)
         norm = torch.cat([g.reshape(-1) for g in gradients.values()]).norm().item()
-        assert curves["explicit"]["gradient_norm"][step] == pytest.approx(norm, rel=1e-12)
-        assert curves["autograd"]["gradient_norm"][step] == pytest.approx(norm, rel=1e-10)
+        loss = model.loss(table.x, table.y).item()
+        for curve in curves.values():
+            assert curve["train/loss"][step] == pytest.approx(loss, rel=1e-12)
+            assert curve["gradient_norm"][step] == pytest.approx(norm, rel=1e-10)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter -= 0.02 * gradients[name]
 
 
 def test_learning_rate_monitor_sees_every_update(make_trainer, tmp_path):
-    trainer = make_trainer(
-        max_steps=6,
-        logger=CSVLogger(tmp_path),
-        callbacks=[LearningRateMonitor(logging_interval="step")],
-    )
-    fit(
-        trainer,
-        scheduler="StepLR",
-        scheduler_args={"step_size": 1, "gamma": 0.5},
-        scheduler_interval="update",
-    )
+    monitor, logger = LearningRateMonitor(logging_interval="step"), CSVLogger(tmp_path)
+    args = {"scheduler_args": {"step_size": 1, "gamma": 0.5}, "scheduler_interval": "update"}
+    trainer = make_trainer(max_steps=6, logger=logger, callbacks=[monitor])
+    fit(trainer, scheduler="StepLR", **args)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 0.5**6)
+    found = pandas.read_csv(f"{logger.log_dir}/metrics.csv").set_index("step")["lr-SGD"].dropna()
+    assert list(found) == pytest.approx([0.02 * 0.5**k for k in range(6)])
 
 
-def test_best_and_last_checkpoint_of_a_run(make_trainer, tmp_path):
-    checkpoint = RunCheckpoint(str(tmp_path / "checkpoints"))
-    trainer = make_trainer(max_steps=12, callbacks=[checkpoint], enable_checkpointing=True)
-    fit(trainer)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "best.ckpt",
-        "last.ckpt",
-    ]
-    assert checkpoint.monitor == "train/loss"
+def test_values_of_a_step_are_written_at_once_and_read_back(tmp_path):
+    """TensorBoard verifies the checksums of the records."""
+    logger = RunLogger(str(tmp_path))
+    points = [(k, {"a": 0.5 * k, **({"long/b": 1 / (k + 1)} if k % 3 else {})}) for k in range(99)]
+    for step, values in points:
+        logger.log_metrics(values, step)
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir, {"scalars": 0}).Reload()
+    for tag in ("a", "long/b"):
+        kept = [(step, values[tag]) for step, values in points if tag in values]
+        read = [(point.step, point.value) for point in events.Scalars(tag)]
+        assert read == [(step, pytest.approx(value, rel=1e-7)) for step, value in kept]  # float32
 
+
+# Refusals
 
 REFUSED = {
     "LBFGS": ({}, {"optimizer": "LBFGS"}, "LBFGS.*closure"),
     "half precision": ({"precision": "16-true"}, {}, "precision 16-true"),
     "Trainer clips": ({"gradient_clip_val": 1.0}, {}, "--model.gradient_clip_val"),
-    "Trainer accumulates": (
-        {"accumulate_grad_batches": 2},
-        {},
-        "--model.accumulate_grad_batches",
-    ),
+    "Trainer accumulates": ({"accumulate_grad_batches": 2}, {}, "--model.accumulate_grad_batches"),
     "model accumulates by autograd": (
         {},
         {"accumulate_grad_batches": 2, "gradient": "autograd"},
@@ -218,84 +275,17 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
-def test_refusals_name_the_setting(make_trainer, case):
-    trainer_settings, settings, message = case
+@pytest.mark.parametrize("trainers, settings, message", REFUSED.values(), ids=REFUSED)
+def test_refusals_name_the_setting(make_trainer, trainers, settings, message):
     with pytest.raises(ValueError, match=message):
-        fit(make_trainer(max_steps=1, **trainer_settings), **settings)
+        fit(make_trainer(max_steps=1, **trainers), **settings)
 
 
-def test_sharding_strategies_are_refused_by_name(make_trainer):
-    from types import SimpleNamespace
-
-    from lightning_gd.refusals import check_trainer
-
-    hparams = LinearRegression().hparams
-    for name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
-        trainer = SimpleNamespace(
-            strategy=type(name, (), {})(), precision="32-true", accumulate_grad_batches=1
-        )
-        with pytest.raises(ValueError, match=name):
-            check_trainer(trainer, hparams)  # pyright: ignore[reportArgumentType]
-
-
-def test_mixed_half_precision_is_refused_by_name():
-    from types import SimpleNamespace
-
-    from lightning.pytorch.strategies import SingleDeviceStrategy
-
-    from lightning_gd.refusals import check_trainer
-
-    trainer = SimpleNamespace(strategy=SingleDeviceStrategy("cpu"), precision="16-mixed")
-    with pytest.raises(ValueError, match="--trainer.precision 16-mixed"):
-        check_trainer(trainer, LinearRegression().hparams)  # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")  # none wanted
-@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
-def test_foreign_loaders_feed_the_model(make_trainer):
-    from torch.utils.data import DataLoader, TensorDataset
-
-    data = PointsData()
-    data.setup()
-    x, y = (t.double() for t in (data.tables["train"].x, data.tables["train"].y))
-    for gradient in ("explicit", "autograd"):
-        trainer = make_trainer(max_steps=50, limit_val_batches=0)
-        with trainer.init_module():
-            model = LinearRegression(gradient=gradient, bias=False)
-        trainer.fit(model, DataLoader(TensorDataset(x, y), batch_size=4))
-        assert model.weight.item() == pytest.approx(2 * (1 - 0.85**50), rel=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")  # none wanted
-@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
-def test_shapes_that_would_broadcast_are_refused(make_trainer):
-    from torch.utils.data import DataLoader, TensorDataset
-
-    x, y = torch.ones(4, 3), torch.ones(4, 1)
-    trainer = make_trainer(max_steps=1, limit_val_batches=0)
-    with pytest.raises(ValueError, match=r"x \[4, 3\] and y \[4, 1\]"):
-        trainer.fit(model_for(trainer), DataLoader(TensorDataset(x, y), batch_size=4))
-
-
-def test_points_written_at_once_are_read_back(tmp_path):
-    """TensorBoard verifies the checksums of the records that were framed together."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    from lightning_gd.logger import RunLogger
-
-    logger = RunLogger(str(tmp_path))
-    points = [
-        (k, {"a": 0.5 * k, **({"long/name": -1.0 / (k + 1)} if k % 3 else {})}) for k in range(300)
-    ]
-    logger.log_points(points[:200])
-    logger.log_metrics({"b": 7.0}, 3)
-    logger.log_points(points[200:])
-    logger.finalize("success")
-    events = EventAccumulator(logger.log_dir, {"scalars": 0}).Reload()
-    for tag in ("a", "long/name"):
-        read = [(point.step, point.value) for point in events.Scalars(tag)]
-        kept = [(step, values[tag]) for step, values in points if tag in values]
-        assert [step for step, _ in read] == [step for step, _ in kept]
-        assert [v for _, v in read] == pytest.approx([v for _, v in kept], rel=1e-7)  # float32
-    assert [point.value for point in events.Scalars("b")] == [7.0]
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", ""])
+def test_strategies_and_precisions_of_other_machines_are_refused_by_name(name):
+    strategy = type(name, (), {})() if name else SingleDeviceStrategy(torch.device("cpu"))
+    trainer: Any = SimpleNamespace(
+        strategy=strategy, precision="16-mixed", accumulate_grad_batches=1, gradient_clip_val=None
+    )
+    with pytest.raises(ValueError, match=name or "--trainer.precision 16-mixed"):
+        check_trainer(trainer, LinearRegression().hparams)

@@ -12,8 +12,8 @@ from rich.console import Console
 from torch import Tensor
 
 from lightning_gd.batch import Batch, as_batch, batches_of
-from lightning_gd.callbacks.test_curve import updates_per_epoch
 from lightning_gd.curvature import largest_eigenvalue, losses_along
+from lightning_gd.data.tables import GlobalBatches
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.leastsquares import LeastSquares
 from lightning_gd.module import GradientDescentModule
@@ -82,8 +82,11 @@ class CurvatureReport(Callback):
         if h["optimizer"] != "SGD" or h["optimizer_args"]:
             return report[:1]
         steady = h["scheduler"] is None and h["gradient_clip_val"] is None
-        if steady and data and data.batch_size is None and trainer.global_step == 0:
-            count = _updates(trainer)
+        loader = trainer.train_dataloader
+        known = isinstance(loader, GlobalBatches) and data is not None and data.full_batch
+        if steady and known and trainer.global_step == 0:
+            limits = (trainer.max_steps, (trainer.max_epochs or -1) * loader.updates_per_epoch)
+            count = min(limit for limit in (*limits, MOST_PREDICTED) if limit > 0)
             path = curvature.trajectory(squares.theta(), optimum, lr, momentum, count)
             curves = {"optimum/train/loss": squares.optimum.loss[None]}
             for part in ("train", "test") if "test" in data.tables else ("train",):
@@ -100,29 +103,20 @@ def _print(trainer: Trainer, lines: list[str]) -> None:
         console.print(line, style="bold yellow" if line.startswith("WARNING") else "dim")
 
 
-def _updates(trainer: Trainer) -> int:
-    """Return the number of updates of the run, up to a limit."""
-    epochs, updates = trainer.max_epochs or -1, trainer.max_steps
-    limits = [MOST_PREDICTED, epochs * updates_per_epoch(trainer), updates]
-    return min(limit for limit in limits if limit > 0)
-
-
 def _at_the_start(module: GradientDescentModule, batch: Batch) -> list[str]:
     """Return the report of λmax of the Hessian at the present weights, over some local rows."""
     rows, h = batch.rows(module), module.hparams
     if not rows:
         return []
     largest = _largest_curvature(module, batch)
-    lines = [
+    stable = 2 * (1 + h["momentum"]) / largest if largest > 0 else math.inf
+    line = (
         f"curvature at the start, on {rows:g} rows: the largest eigenvalue of the Hessian is "
-        f"{largest:.4g}"
-    ]
-    if largest > 0:
-        stable = 2 * (1 + h["momentum"]) / largest
-        lines[0] += f"; SGD is stable there below lr {stable:.4g}"
-        if h["optimizer"] == "SGD" and h["lr"] > stable:
-            lines.append(f"WARNING: lr {h['lr']:.4g} is above that; the first updates may climb")
-    return lines
+        f"{largest:.4g}; SGD is stable there below lr {stable:.4g}"
+    )
+    if h["optimizer"] != "SGD" or h["lr"] < stable:
+        return [line]
+    return [line, f"WARNING: lr {h['lr']:.4g} is above that; the first updates may climb"]
 
 
 def _largest_curvature(module: GradientDescentModule, batch: Batch) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import chain, islice
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_gd.batch import DataBatch, batches_of, call, is_current, tensors
+from lightning_gd.batch import DataBatch, Updates, batches_of, call, is_current, tensors
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum
 from lightning_gd.gradcheck import GradientError, GradientReport, check_gradients, check_reduced
@@ -33,12 +34,10 @@ class GradientCheck(Callback):
 
     These are the updates 0, 1, 10, 100, every `every_n_updates`, and the last one of `max_steps`.
     In explicit mode `check_gradients` compares the formula with autograd on a few random rows.
-    In both modes `p.grad` is compared with autograd on the rows of all processes: is a reduction
-    missing, or is there a factor of the number of processes? The largest relative error is
-    logged as `gradcheck/<parameter>`. The check changes nothing in the run.
-
-    A warning says so where nothing is checked: for a module that is not a GradientDescentModule,
-    and with the Trainer's `accumulate_grad_batches`, which averages batches of any size alike.
+    In both modes `p.grad` is compared with autograd on the rows of all processes, which shows a
+    missing reduction. The largest relative error is logged as `gradcheck/<parameter>`. Nothing
+    in the run changes. Where nothing can be checked, a warning says so: for a module that is not
+    a GradientDescentModule, and with the Trainer's `accumulate_grad_batches`.
 
     Args:
         every_n_updates: Updates from one check to the next.
@@ -69,8 +68,8 @@ class GradientCheck(Callback):
     def _begin(self) -> None:
         self.checks = 0
         self.tested: dict[str, int] = {}
-        self._first = -1  # the update that the first of the batches belongs to
-        self._batches: list[Any] = []
+        self._first = -1  # the update that the first batch of the steps belongs to
+        self._steps: list[Updates] = []
         self._skipped = ""  # why nothing is checked
 
     def summary(self) -> str:
@@ -92,11 +91,10 @@ class GradientCheck(Callback):
             warnings.warn(f"GradientCheck checks nothing: {reason}", stacklevel=2)
         self._skipped = reason
         if trainer.global_step != self._first:  # else they are accumulated over several steps
-            self._first, self._batches = trainer.global_step, []
+            self._first, self._steps = trainer.global_step, []
             if self._is_due(trainer, trainer.global_step):
                 self._random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-        self._batches = [*self._batches, *batches_of(batch)]
-        self._several = len(batches_of(batch)) > 1
+        self._steps.append(batches_of(batch))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -115,7 +113,8 @@ class GradientCheck(Callback):
     def _check(self, trainer: Trainer, module: Any) -> None:
         step, every = trainer.global_step, module.batches_per_update
         at = (step - self._first) * every
-        batches = self._batches[at : at + every] if self._several else self._batches
+        end = at + every if len(self._steps[-1]) > 1 else None
+        batches = list(islice(chain.from_iterable(self._steps), at, end))
         contents = [_content(trainer, module, batch) for batch in batches]
         moments = any(isinstance(batch, MomentsBatch) for batch in batches)
         formula = self._formula(module, contents, step)
@@ -146,11 +145,12 @@ class GradientCheck(Callback):
         torch.set_rng_state(self._random[0])
         torch.cuda.set_rng_state_all(self._random[1])
         sums, rows, scale = _local_sums(module, list(trained.values()), contents)
-        squares = LeastSquares.of(trainer, module) if moments else None
-        least = squares.term_size() if squares else 0.0
-        flat = torch.cat([*(s.reshape(-1) for s in sums), sums[0].new_tensor([rows])])
-        *pieces, total = reduce_sum(flat).split([*(s.numel() for s in sums), 1])
+        flat = torch.cat([*map(torch.flatten, sums), sums[0].new_tensor([*scale, rows, rows > 0])])
+        sizes = [*(s.numel() for s in sums), len(scale), 1, 1]
+        *pieces, scales, total, processes = reduce_sum(flat).split(sizes)
         means = [(piece / total).view_as(s) for piece, s in zip(pieces, sums, strict=True)]
+        squares = LeastSquares.of(trainer, module) if moments else None
+        scales = (scales / processes).clamp(min=squares.term_size() if squares else 0.0)
         if not module.automatic_optimization:  # p.grad is already clipped
             _clip(module, means)
         mixed = trainer.precision == "bf16-mixed" and module.automatic_optimization
@@ -160,7 +160,7 @@ class GradientCheck(Callback):
             trainer.world_size,
             torch.bfloat16 if mixed else flat.dtype,
             max(float(total), sum(map(_count, contents))),
-            scale={name: max(size, least) for name, size in zip(trained, scale, strict=True)},
+            scale=dict(zip(trained, scales.tolist(), strict=True)),
             local={n: s / rows for n, s in zip(trained, sums, strict=True)} if rows else None,
         )
 
@@ -234,6 +234,8 @@ def _autograd(module: Any, trained: list[Parameter], content: Any) -> tuple[Tens
     with torch.enable_grad(), torch.autocast(module.device.type, enabled=False):
         loss = call(module.loss, content)
         loss = loss if fused else call(module.loss, content)
+        if not loss.requires_grad:  # cut off the graph
+            return tuple(map(torch.zeros_like, trained))
         return torch.autograd.grad(loss, trained, materialize_grads=True)
 
 

@@ -47,17 +47,17 @@ class Predictions(Callback):
         if data is None or self._found is None:
             return
         found = reduce_sum(self._found).cpu()
-        if trainer.is_global_zero and logger is not None and logger.log_dir:
-            numbers = getattr(data, "test_lines", range(len(found)))
-            path = Path(logger.log_dir) / "predictions.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(["row", "target", "prediction"])
-                for i in found[:, -1].nonzero().flatten().tolist():
-                    target = _cell(data.tables["test"].y[i])
-                    writer.writerow([numbers[i], target, _cell(found[i, :-1])])
-            print(f"predictions: {path}")
+        if not trainer.is_global_zero or logger is None or not logger.log_dir:
+            return
+        numbers, target = getattr(data, "test_lines", range(len(found))), data.tables["test"].y
+        path = Path(logger.log_dir) / "predictions.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["row", "target", "prediction"])
+            for i in found[:, -1].nonzero().flatten().tolist():
+                writer.writerow([numbers[i], _cell(target[i]), _cell(found[i, :-1])])
+        print(f"predictions: {path}")
 
 
 def _cell(values: Tensor) -> str:

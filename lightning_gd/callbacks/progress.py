@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
@@ -19,23 +16,13 @@ class UpdateProgressBar(RichProgressBar):
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=PER_SECOND)
-        self._advanced = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the epoch alone: Lightning appends "/-2" where updates bound the run."""
+        """Show the epoch alone: Lightning appends "/-2" if only updates bound the run."""
         super().on_train_epoch_start(trainer, pl_module)
         if self.progress is not None and self.train_progress_bar_id is not None:
             text = f"Epoch {trainer.current_epoch}"
             self.progress.update(self.train_progress_bar_id, description=text)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Advance the bar, unless that was done just now."""
-        now, last = time.monotonic(), batch_idx + 1 == trainer.num_training_batches
-        if last or now - self._advanced > 1 / PER_SECOND:
-            self._advanced = now
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule

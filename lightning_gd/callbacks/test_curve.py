@@ -23,8 +23,8 @@ class TestCurve(Callback):
     It needs a GradientDescentModule and a TensorDataModule with test rows.
 
     Args:
-        every_n_updates: Updates from one point to the next; null is 1 for the full batch and one
-            epoch for mini-batches.
+        every_n_updates: Updates from one point to the next; null is every update of the full
+            batch, and the first of each epoch of mini-batches.
 
     Raises:
         ValueError: If `every_n_updates` is below 1.
@@ -40,18 +40,18 @@ class TestCurve(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the local test rows to the device of the model."""
-        data, self._batch = tensor_data(trainer), None
+        data, loader, self._batch = tensor_data(trainer), trainer.train_dataloader, None
         if data and "test" in data.tables and isinstance(pl_module, GradientDescentModule):
             self._batch = data.whole("test").to(pl_module.device)
             rows = next(pl_module.parameters()).new_tensor(float(self._batch.rows(pl_module)))
             self._fraction = float(rows / reduce_sum(rows.clone()))
-            usual = 1 if data.batch_size is None else updates_per_epoch(trainer)
-            self._every = self.every_n_updates or usual
+            mini = isinstance(loader, GlobalBatches) and not data.full_batch
+            self._every = self.every_n_updates or (loader.updates_per_epoch if mini else 1)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: GradientDescentModule, optimizer: Optimizer
     ) -> None:
-        """Record the local part of a point where one is due; the loss is the sum of the parts."""
+        """Record the local part of a point if one is due; the loss is the sum of the parts."""
         if self._batch is None or trainer.global_step % self._every:
             return
         part = next(pl_module.parameters()).new_zeros(())
@@ -63,21 +63,10 @@ class TestCurve(Callback):
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Turn off dropout, batch statistics and autograd, and then restore each submodule's mode."""
-    modes = [(child, child.training) for child in module.modules()]
-    try:
-        with torch.no_grad():
-            module.eval()
-            yield
-    finally:
-        for child, training in modes:
-            child.training = training
-
-
-def updates_per_epoch(trainer: Trainer) -> int:
-    """Return the number of updates per epoch of this run."""
-    loader, steps = trainer.train_dataloader, trainer.num_training_batches
-    if isinstance(loader, GlobalBatches):
-        batches = int(min(loader.batches, steps * loader.per_step))
-        return -(-batches // (loader.per_update or 1))
-    return int(steps)
+    """Turn off dropout, batch statistics and autograd inside a `with` block."""
+    training = [child for child in module.modules() if child.training]
+    with torch.no_grad():
+        module.eval()
+        yield
+    for child in training:
+        child.training = True

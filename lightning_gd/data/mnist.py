@@ -22,6 +22,7 @@ SCALINGS = {
     "standard": (1 / 255 / 0.3081, -0.1307 / 0.3081),  # (x/255 − .1307)/.3081
 }
 
+RAW = Path("MNIST", "raw")  # where torchvision keeps the files below a root
 # SHA-256 of the four unpacked files, by the names that torchvision gives them.
 RAW_FILES = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -71,7 +72,8 @@ class MNISTParityData(TensorDataModule):
 
     def prepare_data(self) -> None:
         """Download the full MNIST on one process, if it is wanted and missing."""
-        if self.source == "torchvision" and self.download and not _present(self.root):
+        missing = [name for name in RAW_FILES if not (self.root / RAW / name).is_file()]
+        if self.source == "torchvision" and self.download and missing:
             _download(self.root)
 
     def load(self) -> dict[str, Table]:
@@ -107,33 +109,24 @@ def _full(root: Path) -> dict[str, tuple[Tensor, Tensor]]:
     from torchvision.datasets import MNIST
 
     for name, sha256 in RAW_FILES.items():
-        _check_file(root / "MNIST" / "raw" / name, sha256)
+        path, ways = root / RAW / name, "set --data.download true, or use --data.source offline"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: set --data.root to the folder of MNIST/raw, {ways}"
+            )
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise OSError(
+                f"{path} is truncated or altered (its SHA-256 is not MNIST's): delete it and {ways}"
+            )
     sources = {"train": MNIST(str(root), train=True), "test": MNIST(str(root), train=False)}
     return {part: (source.data.flatten(1), source.targets) for part, source in sources.items()}
-
-
-def _check_file(path: Path, sha256: str) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: set --data.root to the folder that holds MNIST/raw, set "
-            "--data.download true, or use --data.source offline"
-        )
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise OSError(
-            f"{path} is truncated or altered (its SHA-256 is not that of MNIST): delete it and "
-            "set --data.download true, or use --data.source offline"
-        )
-
-
-def _present(root: Path) -> bool:
-    return all((root / "MNIST" / "raw" / name).is_file() for name in RAW_FILES)
 
 
 def _download(root: Path) -> None:
     """Download into a folder beside the target, and move complete files into place."""
     from torchvision.datasets import MNIST
 
-    raw, failures = root / "MNIST" / "raw", []
+    raw, failures = root / RAW, []
     for mirror in MNIST.mirrors:
         # One at a time: after some failures torchvision does not try the next one.
         source = type("MNIST", (MNIST,), {"mirrors": [mirror]})
@@ -142,7 +135,7 @@ def _download(root: Path) -> None:
             with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
                 source(folder, download=True)
                 for name in RAW_FILES:
-                    shutil.move(Path(folder) / "MNIST" / "raw" / name, raw / name)
+                    shutil.move(Path(folder) / RAW / name, raw / name)
             return
         except (OSError, RuntimeError, HTTPException) as error:
             failures.append(" ".join(str(error).split()) or f"{mirror}: {error!r}")

@@ -88,9 +88,8 @@ class Table:
     def moments(self, rank: int = 0, world: int = 1) -> Moments:
         """Return the moments of the same rows in float64, exact for bytes; x must be [N, D]."""
         if (rank, world) not in self._moments:
-            moments = Moments.of(self.raw[rank::world], self._targets[rank::world])
-            scaled = moments.affine(self.scale, self.shift) if moments.n else moments
-            self._moments[rank, world] = scaled
+            raw = Moments.of(self.raw[rank::world], self._targets[rank::world])
+            self._moments[rank, world] = raw.affine(self.scale, self.shift) if raw.n else raw
         return self._moments[rank, world]
 
 
@@ -99,15 +98,10 @@ def _cast(values: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 class GatheredUpdates(Updates):
-    """Mini-batches of one step, gathered one by one so that their rows stay in the cache.
+    """Mini-batches of one step, gathered one by one so that their rows stay in the cache."""
 
-    Args:
-        table: The rows of all processes.
-        rows: The local row numbers of each batch.
-    """
-
-    def __init__(self, table: Table, rows: list[Tensor]) -> None:
-        super().__init__(rows)
+    def __init__(self, table: Table, local_rows: list[Tensor]) -> None:
+        super().__init__(local_rows)
         self.table = table
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -146,19 +140,16 @@ class GlobalBatches:
     def __post_init__(self) -> None:
         self.rows = min(self.batch_size or len(self.table), len(self.table))  # per batch
         self.batches = self.passes * -(-len(self.table) // self.rows)  # per epoch
-        self.per_update, self.per_step, self.counted = 1, 1, True
-        if self.trainer is not None:
-            self._divide(self.trainer.lightning_module)
-
-    def _divide(self, model: Any) -> None:
-        """Find the batches per update and per step, and whether every update has that many."""
+        self.per_update, self.per_step, self.counted = 1, 1, self.trainer is not None  # batches
+        model: Any = self.trainer.lightning_module if self.trainer else None
         if isinstance(model, TakesUpdates) and model.several_updates:
             self.per_update = model.batches_per_update
             self.per_step = self.updates_per_step * self.per_update
-            return
-        self.per_update = self.trainer.accumulate_grad_batches
-        varying = any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks)
-        self.counted = getattr(model, "automatic_optimization", True) and not varying
+        elif self.trainer:
+            self.per_update = self.trainer.accumulate_grad_batches
+            varies = (isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks)
+            # Otherwise the number of updates per batch is not fixed, and tells no place.
+            self.counted = getattr(model, "automatic_optimization", True) and not any(varies)
 
     def __len__(self) -> int:
         return -(-self.batches // self.per_step)
@@ -186,15 +177,12 @@ class GlobalBatches:
 
     def updates_in_epoch(self) -> int | None:
         """Return the number of updates made in this epoch, 0 after the last; None: unknown."""
-        if self.trainer is None or not self.counted:
-            return None
-        return self.trainer.global_step % self.updates_per_epoch
+        return self.trainer.global_step % self.updates_per_epoch if self.counted else None
 
     def ends_step_every(self, updates: int) -> bool:
         """Tell whether a step ends after every so many updates of a run, in every epoch."""
-        common = math.gcd(updates, self.updates_per_epoch)
-        whole_steps = common % max(1, self.per_step // self.per_update) == 0
-        return whole_steps or common == self.updates_per_epoch
+        apart = math.gcd(updates, self.updates_per_epoch)
+        return apart * self.per_update % self.per_step == 0 or apart == self.updates_per_epoch
 
     @property
     def _end(self) -> int:
@@ -203,11 +191,11 @@ class GlobalBatches:
         return int(min(self.batches, limit * self.per_step))
 
     def _place(self) -> tuple[int, int]:
-        """Return the epoch and the next batch in it."""
-        update = self.updates_in_epoch()
-        if update is None:
-            return self.trainer.current_epoch if self.trainer else 0, 0
-        return self.trainer.global_step // self.updates_per_epoch, update * self.per_update
+        """Return the epoch, and the next batch in it."""
+        if self.counted:
+            epoch, update = divmod(self.trainer.global_step, self.updates_per_epoch)
+            return epoch, update * self.per_update
+        return self.trainer.current_epoch if self.trainer else 0, 0
 
     def _order(self, epoch: int) -> Tensor | None:
         if self.rows == len(self.table):

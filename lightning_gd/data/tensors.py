@@ -118,8 +118,11 @@ class TensorDataModule(LightningDataModule):
     def train_dataloader(self) -> GlobalBatches:
         """Return the steps of an epoch, from the place in the data that the run has reached."""
         trainer: Any = self.trainer
-        if trainer is not None and self.moments:
-            _check_moments(trainer.lightning_module)
+        if trainer is not None and self.moments and not takes_moments(trainer.lightning_module):
+            raise ValueError(
+                "moments=True needs a least-squares model with loss_and_gradients_from_moments; "
+                f"{type(trainer.lightning_module).__name__} is none: set --data.moments false"
+            )
         return GlobalBatches(
             self.tables["train"],
             self.batch_size,
@@ -175,11 +178,3 @@ def _check_finite(part: str, table: Table, targets: bool) -> None:
             raise ValueError(
                 f"{name}{at} of the {part} rows is {values[tuple(at)]}: every number must be finite"
             )
-
-
-def _check_moments(model: object) -> None:
-    if not takes_moments(model):
-        raise ValueError(
-            f"moments=True needs a least-squares model; {type(model).__name__} defines no "
-            "loss_and_gradients_from_moments for its loss: set --data.moments false"
-        )

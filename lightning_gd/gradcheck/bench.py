@@ -27,13 +27,7 @@ class Point(NamedTuple):
 
 
 class Bench:
-    """A copy on which every call finds the same buffers and random numbers.
-
-    Args:
-        model: Copied; frozen parameters are differentiated in the copy, too.
-        batch: Tuple, dict or tensor; floating point tensors are converted to float64.
-        seed: Of random steps and of random numbers that the model draws.
-    """
+    """A copy of a model, on which every call finds the same buffers and random numbers."""
 
     def __init__(self, model: nn.Module, batch: Any, seed: int) -> None:
         self.model: Any = copy.deepcopy(model).to("cpu", torch.float64)

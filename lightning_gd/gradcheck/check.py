@@ -23,9 +23,8 @@ def check_gradients(model: nn.Module, *batch: Any, seed: int = 0) -> GradientRep
     """Compare a model's explicit gradients with autograd, and autograd with differences.
 
     This happens in float64 on a copy on the CPU, where every call sees the same random numbers;
-    the model, its `.grad`, its mode and the random state stay as they are. Gradients are compared
-    at the given weights and, because at zeros or at an optimum a gradient can vanish and then any
-    multiple of it is right, after a random step; there also with every row given twice.
+    nothing of the model changes. Gradients are compared at the given weights and after a random
+    step, since a gradient can vanish at zeros or at an optimum, where any multiple of it is right.
 
     Right means |explicit − autograd| ≤ 16 eps (N + D + H) · scale, where N rows, D numbers per
     row and H the largest dimension of a parameter count the terms of the sums, and `scale` is
@@ -39,8 +38,7 @@ def check_gradients(model: nn.Module, *batch: Any, seed: int = 0) -> GradientRep
         seed: Of the random step, and of random numbers that the model draws.
 
     Returns:
-        A report on every parameter, in the order of `named_parameters()`, then unknown names.
-        What the model raises is a diagnosis in it.
+        A report on every parameter; what the model raises is a diagnosis in it.
     """
     with (
         torch.random.fork_rng(devices=[]),
@@ -53,8 +51,7 @@ def check_gradients(model: nn.Module, *batch: Any, seed: int = 0) -> GradientRep
             return _Measured(bench).report()
         except Exception as error:  # whatever a model raises belongs in the report
             words = f"{bench.called} raised {type(error).__name__}: {error}"
-            names = list(bench.start)
-            return GradientReport(tuple(ParameterReport(n, diagnosis=words) for n in names))
+            return GradientReport(tuple(ParameterReport(n, diagnosis=words) for n in bench.start))
 
 
 class _Measured:
@@ -102,7 +99,7 @@ class _Parameter:
         # tanh leaves such gradients, with 1 - h² all noise.
         self.noise = measured.rounding * max(self.scale, measured.loss / size)
         self.length = max(size, 1.0)  # along which the loss changes by its own size
-        if self.scale:
+        if self.scale and measured.loss:
             self.length = min(self.length, measured.loss / self.scale)
 
     def report(self) -> ParameterReport:
@@ -132,9 +129,10 @@ class _Parameter:
         kink = holds and KINK * self.scale < error < math.inf
         if kink or not math.isfinite(size):
             return 0.0, 0.0, None
+        if not wrong:
+            return error, size, None
         pairs = [(p.explicit[self.name], p.autograd[self.name]) for p in self.points]
-        mistake = name_mistake(pairs, (explicit, truth), self.all.rows, self.noise)
-        return error, size, mistake if wrong else None
+        return error, size, name_mistake(pairs, (explicit, truth), self.all.rows, self.noise)
 
     def _fits(self, point: Point, gradient: Tensor, way: Tensor) -> Iterator[bool]:
         """Tell for each step whether a gradient fits the one-sided slopes along a direction.

@@ -47,10 +47,14 @@ def name_mistake(pairs: Sequence[Pair], wrong: Pair, rows: int, noise: float) ->
         return "stale: the same at other weights"
     if truth.ndim == 2 and alike(moved.T, truth, noise):
         return "transposed"
-    explicit, truth = wrong
-    k = int((explicit - truth).abs().argmax())
-    index = [int(i) for i in torch.unravel_index(torch.tensor(k), truth.shape)]
-    values = f"explicit {explicit.flatten()[k]:.6g}, autograd {truth.flatten()[k]:.6g}"
+    return worst_entry("explicit", *wrong)
+
+
+def worst_entry(name: str, actual: Tensor, expected: Tensor) -> str:
+    """Return the entry that differs most, with both numbers."""
+    k = int((actual - expected).abs().argmax())
+    index = [int(i) for i in torch.unravel_index(torch.tensor(k), expected.shape)]
+    values = f"{name} {actual.flatten()[k]:.6g}, autograd {expected.flatten()[k]:.6g}"
     return f"no usual mistake fits; the worst entry {index} is {values}"
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_gd.gradcheck.bench import double
-from lightning_gd.gradcheck.diagnosis import alike, largest, ratio
+from lightning_gd.gradcheck.diagnosis import alike, largest, ratio, worst_entry
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
 
 
@@ -58,6 +58,8 @@ def _name_mistake(
     if local is not None and alike(actual, double(local), noise):
         return "the reduction is missing: this is the gradient of this process's own rows"
     k = ratio(actual, expected, noise)
+    if k is None and world_size == 1:
+        return worst_entry("p.grad", actual, expected)
     if k is None:
         return "no factor fits: the reduction is missing, or weights uneven processes alike"
     if world_size > 1 and abs(k - world_size) <= 1e-3 * world_size:
