@@ -4,8 +4,6 @@ Colours are those of Okabe and Ito, which readers with any colour vision tell ap
 vermilion and even always blue, in bars and in weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -15,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-Curve: TypeAlias = "tuple[ArrayLike, ArrayLike]"  # updates and values, both of shape [K]
-Curves: TypeAlias = "Mapping[str, Curve]"  # by part: train, val, test
+Curve: TypeAlias = tuple[ArrayLike, ArrayLike]  # updates and values, both of shape [K]
+Curves: TypeAlias = Mapping[str, Curve]  # by part: train, val, test
 
 BLACK, ODD, EVEN = "#000000", "#D55E00", "#0072B2"  # vermilion is odd, blue is even
 PARTS = {"train": EVEN, "val": "#009E73", "test": ODD}

@@ -34,6 +34,8 @@ class RunHooks(Callback):
     def setup(self, trainer: Trainer, pl_module: EvaluatedModule, stage: str) -> None:
         self.epoch_loss, self._unchecked = [0.0, 0.0], {"train", "evaluation"}
         pl_module.batch_losses, pl_module.step_losses = [], []
+        if stage == "fit":
+            pl_module.curves.history.clear()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         self.epoch_loss = [0.0, 0.0]

@@ -104,9 +104,8 @@ class CommandLine(LightningCLI):
         root = config.trainer.default_root_dir or LOGS
         file = find(config.ckpt_path, Path(root, config.experiment))
         self.checkpoint = checkpoint = read(file)
-        classes: dict[str, Any] = {part: locate(config[part].class_path) for part in PARTS}
-        check_class(checkpoint, classes["model"])
-        theirs = settings_in(checkpoint, classes["data"])
+        check_class(checkpoint, _class(config.model))
+        theirs = settings_in(checkpoint, _class(config.data))
         below = {p: {"class_path": config[p].class_path, "init_args": v} for p, v in theirs.items()}
         typed = 2 * args.count("--config") + 2  # after the experiment and the files
         words = [*args[:typed], "--config", yaml.safe_dump(below), *args[typed:]]
@@ -130,12 +129,17 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Infer num_features of the model from the data if it was not set."""
-        model, table = self.config.model, self.config.data
-        kind: Any = locate(table.class_path)
-        width, default = model.init_args.get("num_features"), _default_width(model.class_path)
-        if issubclass(kind, TensorDataModule) and width == default:
-            wanted = kind(**table.init_args.as_dict()).num_features
-            model.init_args["num_features"] = wanted or default
+        model, kind = self.config.model, _class(self.config.data)
+        width, default = model.init_args.get("num_features"), _default_width(_class(model))
+        if default is None or not issubclass(kind, TensorDataModule):
+            return
+        wanted = kind(**self.config.data.init_args.as_dict()).num_features or width
+        if width not in (default, wanted):
+            raise ValueError(
+                f"num_features={width} does not fit the data, whose x is [N, {wanted}]: set "
+                f"--model.num_features {wanted}, or leave it out"
+            )
+        model.init_args["num_features"] = wanted
 
     def after_instantiate_classes(self) -> None:
         """Refuse weights of another shape before any work."""
@@ -221,11 +225,14 @@ def _init_args(config: Any) -> dict[str, dict[str, Any]]:
     return {part: values.as_dict() if values else {} for part, values in parts.items()}
 
 
-def _default_width(class_path: str) -> int:
+def _class(config: Any) -> Any:
+    return locate(config.class_path)
+
+
+def _default_width(model: type) -> int | None:
     """Return the default of `num_features`, of the class or of the one that takes its kwargs."""
-    model: Any = locate(class_path)
     own = (inspect.signature(cls.__init__).parameters for cls in model.__mro__)
-    return next((p["num_features"].default for p in own if "num_features" in p), -1)
+    return next((p["num_features"].default for p in own if "num_features" in p), None)
 
 
 def _lost(text: str) -> str:

@@ -1,9 +1,9 @@
 """Moments of a table: all that a least-squares loss and its gradients depend on."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,24 +11,23 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_gd.batch import Batch, is_current
-from lightning_gd.covariance import mean_and_covariance, rank_tolerance
+
+# Bytes less 128 lie in [-128, 127]. Over 1,024 rows their products add up to at most
+# 128²·1024 = 2²⁴, and float32 holds every integer up to there: the sums are exact.
+ROWS, BYTE_SHIFT = 1024, 128
+PANEL = 256  # rows of the symmetric product computed at once, each from the diagonal on
 
 
 @dataclass(frozen=True, eq=False)
 class Optimum:
-    """The exact least-squares solution.
+    """The exact least-squares solution: w*, shape [D], b*, shape [] (None without bias), and L*.
 
-    Attributes:
-        weight: w*, shape [D].
-        bias: b*, shape [], or None for a model without bias.
-        loss: L*, shape [], with a rounding error of about 1e-15 of the variance of y.
-        rank: Number of directions of weight space that the data determine.
+    L*, shape [], has a rounding error of about 1e-15 of the variance of y.
     """
 
     weight: Tensor
     bias: Tensor | None
     loss: Tensor
-    rank: int
 
     @property
     def theta(self) -> Tensor:
@@ -58,78 +57,61 @@ class Moments:
     cov: Tensor
 
     @property
-    def mean_x(self) -> Tensor:
-        """Mean of the inputs, shape [D]."""
-        return self.mean[:-1]
-
-    @property
-    def cov_xx(self) -> Tensor:
-        """Covariance of the inputs, shape [D, D]."""
-        return self.cov[:-1, :-1]
+    def size(self) -> int:
+        """Number of inputs D."""
+        return len(self.mean) - 1
 
     @classmethod
-    def of(cls, x: Any, y: Any) -> Moments:
-        """Read a table once, some rows at a time; see `mean_and_covariance`.
+    @torch.no_grad()
+    def of(cls, x: Any, y: Any) -> "Moments":
+        """Read a table once, some rows at a time, and return its moments in float64.
 
-        Args:
-            x: Inputs, shape [N, D]: a tensor or an array (also a memmap) of any real type.
-            y: Targets, shape [N]: likewise.
-
-        Returns:
-            The moments in float64, on the device of ``x`` (on the CPU if it has no float64).
+        x, shape [N, D], and y, shape [N], are tensors or arrays (also memmaps) of any real type.
+        Sums of integers are exact below 2⁵³; bytes with small integers as targets are multiplied
+        in float32, which is exact for them and several times as fast.
 
         Raises:
-            ValueError: For shapes other than [N, D] and [N], complex numbers, NaN and infinities.
+            ValueError: For other shapes, complex numbers, NaN and infinities.
         """
-        mean, cov = mean_and_covariance(x, y)
-        return cls(len(y), mean, cov)
+        shift = _shift(x, y)
+        total, products = torch.zeros_like(shift), torch.zeros_like(torch.outer(shift, shift))
+        with _bfloat16_products():
+            for start in range(0, len(y), ROWS):
+                rows = _shifted_rows(x, y, start, shift)
+                total += rows.sum(0)
+                for i in range(0, len(shift), PANEL):
+                    part = rows.new_empty(0)  # autocast leaves products with out= alone
+                    torch.mm(rows[:, i : i + PANEL].T, rows[:, i:], out=part)
+                    products[i : i + PANEL, i:] += part
+        products, n = products.triu() + products.triu(1).T, max(len(y), 1)
+        cov = (n * products - torch.outer(total, total)) / n**2  # exact up to the division
+        if not cov.isfinite().all():
+            raise ValueError("x and y must be finite numbers whose squares do not overflow float64")
+        return cls(len(y), (total + n * shift) / n, cov)
 
-    @classmethod
-    def zero(cls, size: int) -> Moments:
-        """Return the moments of no rows with ``size`` inputs, which ``+`` leaves out."""
-        zeros = torch.zeros(size + 1, size + 1, dtype=torch.float64)
-        return cls(0, zeros[0], zeros)
-
-    def __add__(self, other: Moments) -> Moments:
-        """Return the moments of both sets of rows (Chan, Golub and LeVeque's update).
-
-        Cov = (n₁ Cov₁ + n₂ Cov₂)/n + n₁n₂/n² δδᵀ with δ = mean₂ − mean₁.
-        """
-        if self.n == 0 or other.n == 0:
-            return self if other.n == 0 else other
+    def __add__(self, other: "Moments") -> "Moments":
+        """Return the moments of both sets of rows, by Chan, Golub and LeVeque's update."""
         n, delta = self.n + other.n, other.mean - self.mean
-        first, second = self.n / n, other.n / n
+        first, second = self.n / max(n, 1), other.n / max(n, 1)
         cov = first * self.cov + second * other.cov + first * second * torch.outer(delta, delta)
         return Moments(n, self.mean + second * delta, cov)
 
-    def reduce(self, reduce_sum: Callable[[Tensor], Tensor]) -> Moments:
-        """Return the moments of the rows of all processes.
+    def reduce(self, reduce_sum: Callable[[Tensor], Tensor]) -> "Moments":
+        """Return the moments of all processes' rows; `reduce_sum` adds up a flat tensor of each."""
+        sums = reduce_sum(pad(self.mean, (0, 1), value=1.0) * self.n)
+        n = round(sums[-1].item())
+        mean = sums[:-1] / max(n, 1)
+        squares = (self.cov + torch.outer(self.mean - mean, self.mean - mean)) * self.n
+        return Moments(n, mean, reduce_sum(squares.flatten()).view_as(squares) / max(n, 1))
 
-        A process without rows calls this too: it adds zeros.
-
-        Args:
-            reduce_sum: Takes a flat float64 tensor, returns its elementwise sum over all processes.
-        """
-        mean = self.mean.double()
-        sums = reduce_sum(torch.cat([mean.new_ones(1), mean]) * self.n)
-        n = round(sums[0].item())
-        common = sums[1:] / max(n, 1)
-        squares = (self.cov + torch.outer(mean - common, mean - common)) * self.n
-        return Moments(n, common, reduce_sum(squares.flatten()).view_as(squares) / max(n, 1))
-
-    def affine(self, scale: Tensor | float, shift: Tensor | float) -> Moments:
-        """Return the moments of (x·scale + shift, y), without reading x again.
-
-        Args:
-            scale: One factor for all inputs, or one per input, shape [D].
-            shift: Added after scaling: one number, or one per input, shape [D].
-        """
+    def affine(self, scale: Tensor | float, shift: Tensor | float) -> "Moments":
+        """Return the moments of (x·scale + shift, y): one number each, or shape [D]."""
         factors, offsets = torch.ones_like(self.mean), torch.zeros_like(self.mean)
         factors[:-1], offsets[:-1] = scale, shift
         cov = self.cov * torch.outer(factors, factors)
         return Moments(self.n, self.mean * factors + offsets, cov)
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Moments:
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "Moments":
         """Return a copy on another device or in another precision (that of the weights)."""
         return Moments(self.n, self.mean.to(device, dtype), self.cov.to(device, dtype))
 
@@ -137,20 +119,10 @@ class Moments:
         """Return L for w, shape [D], and b, shape [] or None for a model without bias."""
         return self.loss_and_gradients(weight, bias)[0]
 
-    def gradients(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return ∂L/∂w, shape [D], and ∂L/∂b, shape [] (None without bias)."""
-        return self.loss_and_gradients(weight, bias)[1:]
-
     def loss_and_gradients(
         self, weight: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return L, ∂L/∂w and ∂L/∂b from one product of matrix and vector."""
-        size = len(self.mean) - 1
-        if weight.shape != (size,) or (bias is not None and bias.dim()):
-            raise ValueError(
-                f"weight {list(weight.shape)} and bias {None if bias is None else list(bias.shape)}"
-                f" do not fit these moments; they take [{size}] and [] or None"
-            )
+        """Return L, ∂L/∂w and ∂L/∂b (None without bias) from one product of matrix and vector."""
         return self._at(pad(weight, (0, 1), value=-1.0), bias)
 
     def _at(self, u: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -164,76 +136,103 @@ class Moments:
     def excess_loss(self, theta: Tensor, optimum: Optimum) -> Tensor:
         """Return L − L* = δᵀ Cov(x, x) δ + (mean·δ + δb)², which does not cancel near the optimum.
 
-        Args:
-            theta: (w, b), shape [D+1], or w alone, shape [D]; δ = w − w* and δb = b − b*.
-            optimum: The exact solution, of a model with bias if ``theta`` holds one.
+        `theta` is (w, b), shape [D+1], or w alone, as in `optimum`; δ = w − w* and δb = b − b*.
         """
-        delta, size = theta - optimum.theta.to(theta), len(self.mean_x)
-        return self._at(pad(delta[:size], (0, 1)), delta[size:].sum())[0]
+        delta = theta - optimum.theta.to(theta)
+        return self._at(pad(delta[: self.size], (0, 1)), delta[self.size :].sum())[0]
 
     def hessian(self, bias: bool = True) -> Tensor:
         """Return H = 2/N [x 1]ᵀ[x 1] in the order (w, b), shape [D+1, D+1]; [D, D] without bias."""
-        m, size = self.to(dtype=torch.float64), len(self.mean_x)
-        mean = pad(m.mean_x, (0, 1), value=1.0) if bias else m.mean_x
-        hessian = torch.outer(mean, mean)
-        hessian[:size, :size] += m.cov_xx
-        return 2 * hessian
+        ones = int(bias)
+        mean = pad(self.mean[:-1], (0, ones), value=1.0)
+        return 2 * (torch.outer(mean, mean) + pad(self.cov[:-1, :-1], (0, ones, 0, ones)))
 
     def optimum(self, bias: bool = True) -> Optimum:
         """Return the exact solution for a model with or without bias.
 
         Each column is divided by its scale s, the standard deviation or without bias the root mean
         square, so that units do not decide which eigenvalues count as zero. Of several solutions
-        it is that with the smallest Σ (sⱼwⱼ)²; gradient descent from 0 ends at another one with
-        the same loss. As in all normal equations, the condition κ of the scaled matrix costs
-        log₁₀ κ of 16 digits.
+        it is that with the smallest Σ (sⱼwⱼ)². As in all normal equations, the condition κ of the
+        scaled matrix costs log₁₀ κ of 16 digits.
         """
-        m = self.to(dtype=torch.float64)
-        second = m.cov if bias else m.cov + torch.outer(m.mean, m.mean)
-        matrix, right = second[:-1, :-1], second[:-1, -1]
-        scale = matrix.diagonal().clamp(min=0).sqrt()
-        # A deviation in the last bits of the mean is rounding.
-        rounding = 16 * torch.finfo(torch.float64).eps * m.mean_x.abs()
+        second = self.cov if bias else self.cov + torch.outer(self.mean, self.mean)
+        scale = second.diagonal()[:-1].clamp(min=0).sqrt()
+        rounding = 16 * torch.finfo(torch.float64).eps * self.mean[:-1].abs()  # of the mean
         inverse = torch.where(scale > rounding, 1 / scale, 0.0)
-        values, vectors = torch.linalg.eigh(matrix * torch.outer(inverse, inverse))
-        kept = values > values[-1:] * rank_tolerance(len(right))
-        values, vectors = values[kept], vectors[:, kept]
-        weight = inverse * (vectors @ (vectors.T @ (inverse * right) / values))
-        offset = m.mean[-1] - torch.dot(m.mean_x, weight) if bias else None
-        return Optimum(weight, offset, m.loss(weight, offset).clamp(min=0), len(values))
+        scaled = second[:-1, :-1] * torch.outer(inverse, inverse)
+        pseudo = torch.linalg.pinv(scaled, rtol=rank_tolerance(self.size), hermitian=True)
+        weight = inverse * (pseudo @ (inverse * second[:-1, -1]))
+        offset = self.mean[-1] - torch.dot(self.mean[:-1], weight) if bias else None
+        return Optimum(weight, offset, self.loss(weight, offset).clamp(min=0))
 
 
 class MomentsBatch(Batch):
-    """Moments in place of the local rows: the cost of an update does not depend on their number.
+    """Moments in place of the local rows: the cost of an update does not depend on their number."""
 
-    Args:
-        moments: Of the local rows, in the precision of the weights.
-    """
-
+    # No dataclass: Lightning would convert the precision of its fields.
     def __init__(self, moments: Moments) -> None:
         self.moments = moments
 
     def loss(self, model: Any) -> Tensor:
-        """Call `model.loss_from_moments`."""
         return model.loss_from_moments(self.moments)
 
     def loss_and_gradients(self, model: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Call `model.loss_and_gradients_from_moments`."""
         return model.loss_and_gradients_from_moments(self.moments)
 
     def rows(self, model: Any) -> float:
-        """Return the number of rows that the moments are of."""
         return self.moments.n
 
-    def to(self, device: torch.device | str) -> MomentsBatch:
-        """Move the moments."""
+    def to(self, device: torch.device | str) -> "MomentsBatch":
         return MomentsBatch(self.moments.to(device))
 
 
 def takes_moments(model: object) -> bool:
-    """Tell whether the loss of `model` is least squares, computed from moments.
-
-    True if its class defines `loss_and_gradients_from_moments` at or below the class that last
-    overrides `forward`, `loss` or `gradients`.
-    """
+    """Tell whether `model` computes its own loss, which is least squares, from moments."""
     return is_current(type(model), "loss_and_gradients_from_moments")
+
+
+def rank_tolerance(size: int) -> float:
+    """Return the relative size below which an eigenvalue of a [size, size] matrix is rounding."""
+    # On digits the rounding lies at 1e-17 and the smallest true eigenvalues at 2e-12: a coarser
+    # cut would drop pixels that are lit in a single picture.
+    return max(size, 32) * torch.finfo(torch.float64).eps
+
+
+def _shift(x: Any, y: Any) -> Tensor:
+    """Return a number near the mean of each column, [D+1]: whole for integers, 128 for bytes."""
+    inputs, targets = _part(x, 0), _part(y, 0)
+    fits = inputs.ndim == 2 and targets.ndim == 1 and len(x) == len(y)
+    if not fits or inputs.is_complex() or targets.is_complex():
+        raise ValueError(f"x {list(x.shape)}, y {list(y.shape)} must be real [N, D] and [N] tables")
+    rows = torch.cat([inputs.double(), targets[:, None].to(inputs.device).double()], dim=1)
+    first = rows[:1].sum(0)  # so that a constant column becomes exactly 0; 0 without rows
+    shift = first + ((rows - first).sum(0) / max(len(rows), 1)).round()
+    if inputs.dtype == torch.uint8:
+        shift[:-1] = BYTE_SHIFT
+    return shift
+
+
+def _shifted_rows(x: Any, y: Any, start: int, shift: Tensor) -> Tensor:
+    """Return rows (x, y) − shift, [n, D+1]: in float32 if its products are exact, else float64."""
+    inputs, targets = _part(x, start), _part(y, start).to(shift) - shift[-1]
+    small = (targets == targets.round()) & (targets.abs() <= BYTE_SHIFT)
+    dtype = torch.float32 if inputs.dtype == torch.uint8 and small.all() else torch.float64
+    return torch.cat([inputs.to(dtype) - shift[:-1].to(dtype), targets.to(dtype)[:, None]], dim=1)
+
+
+def _part(table: Any, start: int) -> Tensor:
+    """Return some rows as a tensor; of an array only these rows are copied."""
+    part = table[start : start + ROWS]
+    part = part if isinstance(part, Tensor) else torch.tensor(part)
+    return part.cpu() if part.device.type == "mps" else part  # MPS has no float64
+
+
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Multiply float32 by bfloat16 units where there are any; they are exact for bytes less 128."""
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", SimpleNamespace(fp32_precision="none"))
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"  # from torch 2.9 on
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

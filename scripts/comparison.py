@@ -264,11 +264,12 @@ def predicted_losses(problem: Problem, steps: int) -> dict[str, np.ndarray]:
     curvature, bias = problem.curvature, problem.bias
     optimum = problem.moments["train"].optimum(bias is not None)
     start = problem.weight if bias is None else torch.cat([problem.weight, bias[None]])
-    run = (start, optimum.theta, problem.lr, problem.momentum, steps - 1)
-    train = optimum.loss + curvature.errors(*run).square() @ curvature.eigenvalues / 2
+    errors = curvature.errors(start, optimum.theta, problem.lr, problem.momentum, steps - 1)
+    train = optimum.loss + errors.square() @ curvature.eigenvalues / 2
     # On the training rows the second formula would cancel digits where the loss nears 0.
     same = problem.tables["test"] is problem.tables["train"]
-    test = train if same else losses_along(problem.moments["test"], curvature.trajectory(*run))
+    path = optimum.theta + errors @ curvature.eigenvectors.T
+    test = train if same else losses_along(problem.moments["test"], path)
     return {"train": train.numpy(), "test": test.numpy()}
 
 
@@ -277,7 +278,7 @@ def sum_lesson(problem: Problem, runs: Mapping[str, Descent]) -> list[str]:
     (x, y), w, lr = problem.tables["train"], problem.weight, problem.lr
     r, rows = x @ w + (0 if problem.bias is None else problem.bias) - y, len(y)
     total = (2 * r @ x).norm().item()
-    mean = problem.moments["train"].gradients(w.double(), problem.bias)[0].norm().item()
+    mean = problem.moments["train"].loss_and_gradients(w.double(), problem.bias)[1].norm().item()
     stable = problem.curvature.max_lr(problem.momentum)
     summed, scaled, explicit = (runs[n].losses["train"] for n in (SUM, SUM_SCALED, EXPLICIT))
     k = min(10, len(explicit) - 1)

@@ -8,17 +8,16 @@ from lightning_gd import LinearRegression
 
 
 class Failing(LinearRegression):
-    """At update `at`, on the process `rank`: `raise`, `kill` or `stop`."""
+    """At update 20, on the process `rank`: `raise`, `kill` or `stop`."""
 
-    def __init__(self, rank: int = 1, how: str = "raise", at: int = 20, **kwargs):
+    def __init__(self, rank: int = 1, how: str = "raise", **kwargs):
         super().__init__(**kwargs)
-        self.place = rank, how, at
+        self.rank, self.how = rank, how
 
     def loss_and_gradients(self, x, y):
-        rank, how, at = self.place
-        if self.trainer.global_step >= at and self.trainer.global_rank == rank:
+        if self.trainer.global_step >= 20 and self.trainer.global_rank == self.rank:
             print(f"\nfails at {time.time()}", flush=True)
-            if how == "raise":
+            if self.how == "raise":
                 raise ValueError("broken on purpose")
-            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGSTOP)
         return super().loss_and_gradients(x, y)

@@ -26,7 +26,6 @@ PHASES = {
     "writing curves": ("lightning_gd.curves", "Curves", "write"),
     "writing a checkpoint": ("lightning_gd.checkpoints", "SafeCheckpointIO", "save_checkpoint"),
 }
-PHASE: list[bytearray | mmap.mmap] = [bytearray(1)]
 
 
 class Forge:
@@ -54,13 +53,10 @@ class Forge:
         """Fork `world` processes that run `main(argv)` together; what they are known by."""
         self.runs += 1
         log, phase = (self.folder / f"{self.runs}.{kind}" for kind in ("log", "phase"))
+        log.touch()
         phase.write_bytes(b"\0")
-        where = {"log": str(log), "phase": str(phase), "port": free_port()}
-        return {
-            "log": log,
-            "phase": phase,
-            "pids": self._ask(argv=argv, world=world, die=die, **where),
-        }
+        how = {"log": str(log), "phase": str(phase), "port": free_port(), "die": die}
+        return {"log": log, "phase": phase, "pids": self._ask(argv=argv, world=world, **how)}
 
     def wait(self, run):
         """The exit statuses, negative for a signal."""
@@ -94,9 +90,6 @@ def serve():
     from lightning_gd import cli, lightning_cli  # noqa: F401 - imported once, for all forks
 
     torch.set_num_threads(1)
-    for number, place in enumerate(PHASES.values()):
-        if place:
-            note(number, *place)
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -105,21 +98,6 @@ def serve():
         else:
             answer = [fork(cli.main, request, rank) for rank in range(request["world"])]
         print(json.dumps(answer), flush=True)
-
-
-def note(number, module, owner, name):
-    """While a method runs, the shared byte holds its number."""
-    owner = getattr(__import__(module, fromlist=[owner]), owner)
-    function = getattr(owner, name)
-
-    def noted(*args, **kwargs):
-        before, PHASE[0][0] = PHASE[0][0], number
-        try:
-            return function(*args, **kwargs)
-        finally:
-            PHASE[0][0] = before
-
-    setattr(owner, name, noted)
 
 
 def fork(main, request, rank):
@@ -153,9 +131,27 @@ def become(rank, world, log, phase, port, die, **_):
         rank_zero_only.rank = rank  # set at the import, which was before
     if rank == 0:
         with open(phase, "r+b") as file:
-            PHASE[0] = mmap.mmap(file.fileno(), 1)
+            byte = mmap.mmap(file.fileno(), 1)
+        for number, place in enumerate(PHASES.values()):
+            if place:
+                note(byte, number, *place)
         if die:
             arrange(**die)
+
+
+def note(byte, number, module, owner, name):
+    """While a method runs, the shared byte holds its number."""
+    owner = getattr(__import__(module, fromlist=[owner]), owner)
+    function = getattr(owner, name)
+
+    def noted(*args, **kwargs):
+        before, byte[0] = byte[0], number
+        try:
+            return function(*args, **kwargs)
+        finally:
+            byte[0] = before
+
+    setattr(owner, name, noted)
 
 
 def arrange(save, how):
@@ -163,7 +159,7 @@ def arrange(save, how):
     from lightning_gd.checkpoints import SafeCheckpointIO
 
     write, fsync, replace = SafeCheckpointIO.save_checkpoint, os.fsync, os.replace
-    left = iter(range(save - 1))
+    before = iter(range(save - 1))
 
     def die(*args):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -177,7 +173,7 @@ def arrange(save, how):
         die()
 
     def save_checkpoint(*args, **kwargs):
-        if next(left, None) is None:
+        if next(before, None) is None:
             if how == "full disk":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
             os.fsync = {"half written": half, "before the sync": die}.get(how, fsync)
@@ -187,11 +183,12 @@ def arrange(save, how):
     SafeCheckpointIO.save_checkpoint = save_checkpoint
 
 
-def first_checkpoint(folder, timeout=120.0):
+def first_checkpoint(run, folder, timeout=120.0):
     """Wait until a run has written its first checkpoint."""
     until = time.monotonic() + timeout
     while not any(Path(folder).glob("**/checkpoints/last.ckpt")):
-        assert time.monotonic() < until, f"no checkpoint in {folder} after {timeout} s"
+        output = run["log"].read_text()
+        assert "error:" not in output and time.monotonic() < until, output
         time.sleep(0.002)
 
 

@@ -99,9 +99,8 @@ def test_the_predicted_curves_are_the_measured_ones(make_trainer, momentum, mome
 
 
 def test_a_rate_that_diverges_is_named(make_trainer, capsys):
-    data = PointsData(x=[5.0], y=[0.92], passes_per_epoch=2)
     trainer = make_trainer(max_steps=2, callbacks=[CurvatureReport()])
-    model = fit(trainer, data, num_features=1, bias=False, weight=[0.15], lr=0.1)
+    model = fit(trainer, PointsData(x=[5.0], y=[1.0]), num_features=1, bias=False, lr=0.1)
     said = capsys.readouterr().out.replace("\n", " ")
     assert "each update multiplies the error by −4 and the loss by 16" in said
     assert "the largest stable rate is 0.04" in said
@@ -210,21 +209,16 @@ def test_the_end_table_fits_its_width(make_trainer, tmp_path, monkeypatch, capsy
     assert updates[-1] == 50 and losses[-1] == pytest.approx(final, rel=1e-12)
 
 
-def test_histograms_at_the_start_by_powers_of_two_and_at_the_end(make_trainer, tmp_path):
-    logger = TensorBoardLogger(tmp_path)
-    trainer = make_trainer(max_epochs=10, callbacks=[WeightHistograms()], logger=logger)
-    fit(trainer, Rows(passes_per_epoch=2))
+def test_histograms_and_the_progress_bar(make_trainer, tmp_path, capsys):
+    logger, callbacks = TensorBoardLogger(tmp_path), [WeightHistograms(), UpdateProgressBar()]
+    settings = {"enable_progress_bar": True, "callbacks": callbacks, "logger": logger}
+    fit(make_trainer(max_epochs=10, **settings), Rows(passes_per_epoch=2))
     events = EventAccumulator(logger.log_dir, {"histograms": 0}).Reload()
+    # At the start, after 1, 2, 4 and 8 epochs, and at the end; the bias is one number.
     assert [e.step for e in events.Histograms("weights/weight")] == [0, 2, 4, 8, 16, 20]
-    assert events.Tags()["histograms"] == ["weights/weight"]  # the bias is one number
-
-
-def test_the_progress_bar_shows_losses_and_no_version(make_trainer, tmp_path, capsys):
-    shown = {"callbacks": [UpdateProgressBar()], "enable_progress_bar": True}
-    trainer = make_trainer(max_steps=30, logger=CSVLogger(tmp_path), **shown)
-    fit(trainer, Rows(passes_per_epoch=10, updates_per_step=5))
+    assert events.Tags()["histograms"] == ["weights/weight"]
     (last,) = [line for line in capsys.readouterr().out.splitlines() if "Epoch" in line]
-    assert "Epoch 2 " in last and "2/2" in last
+    assert "Epoch 9 " in last and "2/2" in last
     assert "train/loss:" in last and "v_num" not in last
 
 

@@ -7,9 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import compare
 import comparison
-from lightning_gd.cli import EXPERIMENTS, UsageError
-
-main = compare.main
+from lightning_gd.cli import EXPERIMENTS
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +61,7 @@ def test_ulps_are_those_of_the_largest_magnitude():
 
 def test_the_script_prints_draws_and_logs(tmp_path, capsys):
     for steps in ("5", "12"):  # the second comparison replaces the first
-        assert main(["--steps", steps, "--reduction", "sum", "--out", str(tmp_path)]) == 0
+        assert compare.main(["--steps", steps, "--reduction", "sum", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for text in ("Train loss", "nn.Linear", "predicted", "ulps of float64", "learning rates"):
         assert text in printed
@@ -79,19 +77,22 @@ def test_the_script_prints_draws_and_logs(tmp_path, capsys):
 
 
 def test_wrong_arguments_are_named(tmp_path, capsys):
+    text, adam = (EXPERIMENTS / "linear.yaml").read_text(encoding="utf-8"), tmp_path / "adam.yaml"
+    adam.write_text(text.replace("start: zeros", "optimizer: Adam"))
     for words, message in (
         (["--config", "nothing"], "unknown experiment 'nothing'"),
         (["--config", "parity_mlp"], "trains ParityMLP"),
+        (["--config", str(adam)], "optimizer='Adam'"),
         (["--lr", "-1"], "lr=-1.0 must be a finite number above 0"),
         (["--steps", "4001"], "--steps 4001 must be at most 4000"),
     ):
-        assert main([*words, "--out", str(tmp_path)]) == 2
+        assert compare.main([*words, "--out", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        main(["--steps", "0"])
+        compare.main(["--steps", "0"])
     assert "must be at least 1" in capsys.readouterr().err
-    text = (EXPERIMENTS / "linear.yaml").read_text(encoding="utf-8")
-    (tmp_path / "adam.yaml").write_text(text.replace("start: zeros", "optimizer: Adam"))
-    with pytest.raises(UsageError, match="optimizer='Adam'"):
-        comparison.load_problem(str(tmp_path / "adam.yaml"))
-    assert comparison.load_problem("table").lr > 0  # lr: auto
+
+
+def test_the_width_and_the_automatic_rate_come_from_the_data():
+    problem = comparison.load_problem("table")
+    assert len(problem.weight) == 6 and problem.lr == problem.curvature.auto_lr

@@ -82,25 +82,21 @@ def drawn_texts(figure):
 
 
 def test_losses_are_on_a_log_scale_and_the_optimum_is_a_line():
-    axes = figures.loss_curves({"train": falling(0.9)}, optimum=0.1).axes[0]
-    assert axes.get_yscale() == "log"
-    train, optimum = axes.lines
+    drawn = [figures.loss_curves({"train": falling(0.9)}, optimum=o) for o in (0.1, None, 1e-30)]
+    train, optimum = drawn[0].axes[0].lines
     np.testing.assert_array_equal(train.get_ydata(), falling(0.9)[1])
     assert np.asarray(optimum.get_ydata()).tolist() == [0.1, 0.1]
     # An optimum far below the curve is named, and does not squeeze it.
-    limits = [figures.loss_curves({"train": falling(0.9)}, optimum=o) for o in (None, 1e-30)]
-    assert limits[0].axes[0].get_ylim() == limits[1].axes[0].get_ylim()
-    assert "optimum 1e-30" in [text.get_text() for text in limits[1].legends[0].get_texts()]
+    limits = [figure.axes[0].get_ylim() for figure in drawn]
+    assert drawn[0].axes[0].get_yscale() == "log" and limits[1] == limits[2]
+    assert "optimum 1e-30" in [text.get_text() for text in drawn[2].legends[0].get_texts()]
 
 
 @pytest.mark.parametrize("first", [1.0, 0.0])
-def test_losses_of_zero_and_infinity_are_gaps(first):
+def test_losses_of_zero_and_infinity_are_gaps_and_divergence_is_cut(first):
     curve = np.arange(4), [first, 0.0, np.inf, 0.5]
     drawn = figures.loss_curves({"train": curve}).axes[0].lines[0].get_ydata()
     np.testing.assert_array_equal(drawn, [first or np.nan, np.nan, np.nan, 0.5])
-
-
-def test_a_curve_that_explodes_leaves_the_others_readable():
     steady, exploding = {"train": falling(0.9)}, {"train": falling(10.0, 300)}
     low, high = figures.compared_curves({"a": steady, "b": exploding}).axes[0].get_ylim()
     # From the last loss to 1,000 times the first, with the usual margins of matplotlib.
@@ -179,9 +175,11 @@ def test_a_fit_of_digits_draws_weights_and_mistakes(make_trainer, tmp_path, labe
     assert b"train/loss" in layout and b"test/loss" in layout
 
 
-def test_figures_need_neither_torch_nor_pyplot_and_the_callback_imports_them_late():
-    late = {"figures": ["torch", "matplotlib.pyplot"], "callbacks.pictures": ["lightning_gd.figures"]}
-    for name, names in late.items():
-        code = f"import sys, lightning_gd.{name}; print([m for m in {names} if m in sys.modules])"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.stdout.strip() == "[]", done.stderr
+@pytest.mark.parametrize(
+    ("module", "late"),
+    [("figures", ["torch", "matplotlib.pyplot"]), ("callbacks.pictures", ["lightning_gd.figures"])],
+)
+def test_what_is_imported_late(module, late):
+    code = f"import sys, lightning_gd.{module}; print([m for m in {late} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

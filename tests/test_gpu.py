@@ -13,7 +13,6 @@ FOUND = torch.cuda.device_count()
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not FOUND, reason="no GPU: torch.cuda.device_count() is 0"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),  # the CPU is one side
 ]
 WORLDS = [
     pytest.param(
@@ -31,14 +30,9 @@ def cpu_ends():
 
 @pytest.fixture(scope="module")
 def gpu_ends(tmp_path_factory):
-    """What each process of a world with one GPU a process ended with; each world is run once."""
-
-    @functools.cache
-    def ends(world):
-        folder = tmp_path_factory.mktemp("gpus")
-        return ends_in_processes(world, folder, WORLDS_ACCELERATOR="gpu")
-
-    return ends
+    """What each process of a world with one GPU per process ended with; each is run once."""
+    folder = tmp_path_factory.mktemp("gpus")
+    return functools.cache(lambda world: ends_in_processes(world, folder, WORLDS_ACCELERATOR="gpu"))
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -58,13 +52,13 @@ def test_the_gradient_check_names_mistakes_on_every_gpu(gpu_ends, world):
 
 
 @pytest.mark.filterwarnings(LIGHTNINGS)
-@pytest.mark.parametrize("road", [["--model.moments", "true"], [], ["--model.gradient=autograd"]])
-def test_the_default_experiment_ends_as_on_the_cpu(tmp_path, road):
+@pytest.mark.parametrize("mode", [["--data.moments=true"], [], ["--model.gradient=autograd"]])
+def test_the_default_experiment_ends_as_on_the_cpu(tmp_path, mode):
     options = {"max_steps": 100, "default_root_dir": tmp_path, "enable_progress_bar": "false"}
     words = [w for option, value in options.items() for w in (f"--trainer.{option}", value)]
     found = []
     for accelerator in ("cpu", "gpu"):
-        status, out, err = run("--trainer.accelerator", accelerator, *words, *road)
+        status, out, err = run("--trainer.accelerator", accelerator, *words, *mode)
         assert status == 0, err
         assert f"1 × {'cuda' if accelerator == 'gpu' else 'cpu'}" in out
         found.append([float(value) for value in re.findall(r"(?:train|test)/loss +(\S+)", out)])

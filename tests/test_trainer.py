@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_modes import CLOSE, MODES, RandomRows, Rows, line, normal
+from test_modes import CLOSE, MODES, SETTINGS, RandomRows, Rows, line, normal
 
 from lightning_gd import LinearRegression, RunLogger
 from lightning_gd.settings import check_trainer
@@ -151,18 +151,7 @@ def test_hooks_of_a_model_need_no_super(make_trainer, tmp_path, gradient):
 
 # Resuming
 
-SCHEDULES = {
-    "by epoch": {"scheduler": "StepLR", "scheduler_args": {"step_size": 1, "gamma": 0.9}},
-    "by update": {
-        "scheduler": "StepLR",
-        "scheduler_args": {"step_size": 5, "gamma": 0.9},
-        "scheduler_interval": "update",
-    },
-    "plateau": {
-        "scheduler": "ReduceLROnPlateau",
-        "scheduler_args": {"patience": 0, "threshold": 0.3, "factor": 0.7},
-    },
-}
+SCHEDULES = ("schedule by epoch", "schedule by update", "plateau")
 STOPS = [(1, 1, 3), (3, 3, 1), (4, 1, 1), (4, 3, 3), (6, 1, 3), (7, 2, 1), (11, 4, 2)]
 
 
@@ -179,12 +168,12 @@ def same_from(stop, resumed, whole, **close):
 
 
 @pytest.mark.parametrize("bound", [{"max_steps": 17}, {"max_epochs": 4}], ids=str)
-@pytest.mark.parametrize("settings", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("modes", list(itertools.product(MODES, MODES)), ids=" ".join)
-def test_a_stopped_run_resumes_to_the_bit(make_trainer, tmp_path, modes, settings, bound):
+def test_a_stopped_run_resumes_to_the_bit(make_trainer, tmp_path, modes, schedule, bound):
     """At any update of any step, with another `updates_per_step`, and in the other mode."""
     close = {"rtol": 0, "atol": 0} if modes[0] == modes[1] else CLOSE
-    settings = {"momentum": 0.9, **settings}
+    settings = {"momentum": 0.9, **SETTINGS[schedule]}
     whole = fit(make_trainer(**bound), FOUR, gradient=modes[1], **settings)
     for stop, before, after in STOPS:
         trainer, file = make_trainer(max_steps=stop), tmp_path / f"{stop}.ckpt"
@@ -201,7 +190,7 @@ def test_a_stopped_run_resumes_to_the_bit(make_trainer, tmp_path, modes, setting
 @pytest.mark.parametrize("data", [FOUR, {"passes_per_epoch": 6}], ids=str)
 def test_every_checkpoint_of_lightnings_resumes_to_the_bit(make_trainer, tmp_path, gradient, data):
     """Also one that is written after the last step of an epoch, before its end."""
-    settings = {"gradient": gradient, "momentum": 0.9, **SCHEDULES["by epoch"]}
+    settings = {"gradient": gradient, **SETTINGS["schedule by epoch"]}
 
     def saving(folder):
         save = ModelCheckpoint(folder, every_n_train_steps=1, filename="{step}", save_top_k=-1)

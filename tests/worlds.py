@@ -19,17 +19,15 @@ from lightning_gd.data.tensors import Table, TensorDataModule
 from lightning_gd.gradcheck import GradientError
 
 UPDATES = 60
-ROWS = 41  # odd: no world but one divides it
 
 
 class OddRows(TensorDataModule):
-    """41 rows of 6 features, with targets ±1; 11 to test."""
+    """41 rows of 6 features, with targets ±1, which no world but one divides; 11 to test."""
 
     def load(self):
-        generator = torch.Generator().manual_seed(5)
-        x = torch.randn(ROWS + 11, 6, generator=generator, dtype=torch.float64)
-        y = torch.where(x[:, 0] + 0.3 * x[:, 1].square() > 0.2, 1.0, -1.0).double()
-        return {"train": Table(x[:ROWS], y[:ROWS]), "test": Table(x[ROWS:], y[ROWS:])}
+        x = torch.randn(52, 6, generator=torch.Generator().manual_seed(5)).double()
+        table = Table(x, (x[:, 0] + 0.3 * x[:, 1].square() - 0.2).sign())
+        return {"train": table.part(slice(41)), "test": table.part(slice(41, None))}
 
 
 class Weighted(ParityRegressor):
@@ -86,7 +84,7 @@ CASES |= {
 def fit(data, cls=ParityRegressor, callbacks=(), **settings):
     """Train a model with these settings from a random start; the Trainer and the model."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     trainer = Trainer(
         accelerator=os.environ.get("WORLDS_ACCELERATOR", "cpu"),
         devices=world,
@@ -95,7 +93,7 @@ def fit(data, cls=ParityRegressor, callbacks=(), **settings):
         max_epochs=-1,
         max_steps=UPDATES,
         callbacks=list(callbacks),
-        **dict.fromkeys(quiet, False),
+        **dict.fromkeys(off, False),
     )
     start = {"start": "uniform"} if issubclass(cls, ParityRegressor) else {}
     with trainer.init_module():

@@ -1,7 +1,5 @@
 """The coefficients of a fit on a table, in the units of the table, beside the exact solution."""
 
-from __future__ import annotations
-
 import csv
 import math
 from pathlib import Path
@@ -15,7 +13,6 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from lightning_gd.curvature import Curvature
 from lightning_gd.data.table import TableData
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.models.linear import LinearRegression
@@ -24,13 +21,17 @@ CLOSE = 1e-6  # a relative distance below which the exact solution counts as rea
 MOST_SHOWN = 50  # coefficients printed; the file holds all
 COLUMNS = ("term", "coefficient", "exact least squares", "difference")
 
+Rows = list[tuple[str, float, float]]  # term, coefficient, exact coefficient
+
 
 class Exact(NamedTuple):
-    """The solution w* [D], b* [] for standardised features, and the curvature of the loss."""
+    """The least-squares solution for standardised features."""
 
-    weight: Tensor
-    bias: Tensor
-    curvature: Curvature
+    weight: Tensor  # w*, shape [D]
+    bias: Tensor  # b*, shape []
+    flat: int  # directions of weight space that the data do not determine
+    largest: float  # λmax of the Hessian 2/N xᵀx
+    condition_number: float  # λmax over the smallest eigenvalue that is not rounding
 
 
 def least_squares(x: Tensor, y: Tensor, bias: bool) -> Exact:
@@ -48,13 +49,11 @@ def least_squares(x: Tensor, y: Tensor, bias: bool) -> Exact:
     offset = y.mean() if bias else y.new_zeros(())
     cut = 2.0**-52 * max(columns.shape)
     found = torch.linalg.lstsq(columns, (y - offset)[:, None], rcond=cut, driver="gelsd")
-    theta, singular = found.solution[:, 0], found.singular_values
-    spectrum = torch.zeros_like(theta)
-    spectrum[: len(singular)] = singular.square() * 2 / len(x)  # H = 2/N xᵀx
-    curvature = Curvature(torch.diag(spectrum), rtol=cut**2)
-    if bias:
-        return Exact(theta[:-1], theta[-1] + offset, curvature)
-    return Exact(theta, offset, curvature)
+    theta, curvature = found.solution[:, 0], found.singular_values.square() * 2 / len(x)
+    rank, largest = int(found.rank), curvature[0].clamp(min=1e-300)  # 0 if x is 0
+    weight, b = (theta[:-1], theta[-1] + offset) if bias else (theta, offset)
+    condition = largest / curvature[rank - 1] if rank else largest / largest
+    return Exact(weight, b, len(theta) - rank, largest.item(), condition.item())
 
 
 class Coefficients(Callback):
@@ -66,7 +65,6 @@ class Coefficients(Callback):
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare, on the first process."""
         data, model = tensor_data(trainer), dict(pl_module.named_parameters())
         if not (trainer.is_global_zero and isinstance(data, TableData)):
             return
@@ -77,7 +75,7 @@ class Coefficients(Callback):
         found = data.coefficients(weight, bias).tolist()
         best = data.coefficients(exact.weight, exact.bias).tolist()
         rows = list(zip([*data.features, "intercept"], found, best, strict=True))
-        lines = _notes(data, exact)
+        lines = _undetermined(data, exact)
         if getattr(type(pl_module), "loss", None) is LinearRegression.loss:
             lines.append(_verdict(trainer, exact, weight, bias))
         if trainer.logger is not None and trainer.logger.log_dir is not None:
@@ -85,7 +83,7 @@ class Coefficients(Callback):
         _print(rows, data.target, lines)
 
 
-def _write(rows: list[tuple[str, float, float]], folder: Path) -> Path:
+def _write(rows: Rows, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "coefficients.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -95,32 +93,30 @@ def _write(rows: list[tuple[str, float, float]], folder: Path) -> Path:
     return path
 
 
-def _print(rows: list[tuple[str, float, float]], target: str, lines: list[str]) -> None:
+def _print(rows: Rows, target: str, lines: list[str]) -> None:
     title, console = f"Coefficients for {escape(target)}", Console()
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "term" else "right", overflow="fold")
+        table.add_column(name, justify="left" if name == "term" else "right", no_wrap=True)
     for term, a, b in rows if len(rows) <= MOST_SHOWN else [*rows[: MOST_SHOWN - 1], rows[-1]]:
         table.add_row(escape(term), repr(a), repr(b), f"{a - b:.1e}")
+    # A number is never broken: the terminal wraps a line that is too long for it.
+    console.width = max(console.width, Console(width=10_000).measure(table).maximum)
     console.print(table)
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _notes(data: TableData, exact: Exact) -> list[str]:
-    """Say what the data leave undetermined."""
+def _undetermined(data: TableData, exact: Exact) -> list[str]:
+    """Say which coefficients the data leave undetermined."""
     columns = zip(data.features, data.tables["train"].x.T, strict=True)
     constant = [name for name, column in columns if not column.any()]
-    lines = [
-        f"{name} is constant in the training rows: its scale is taken as 1, and its coefficient "
-        "stays where it started"
-        for name in constant
-    ]
-    flat = len(exact.curvature.eigenvalues) - exact.curvature.rank - len(constant)
-    if flat:
+    what = "is constant in the training rows: its scale is taken as 1, and its coefficient stays"
+    lines = [f"{name} {what} where it started" for name in constant]
+    if exact.flat > len(constant):
         lines.append(
-            f"{flat} of the columns follow from the others, so the data do not determine all "
-            "coefficients: of the equally good ones the smallest are shown as exact"
+            f"{exact.flat - len(constant)} of the columns follow from the others, so the data do "
+            "not determine all coefficients: the smallest possible ones are shown as exact"
         )
     return lines
 
@@ -134,18 +130,18 @@ def _verdict(trainer: Trainer, exact: Exact, weight: Tensor, bias: Tensor) -> st
     distance = float(max(gaps)) / (size or 1.0)
     if distance <= CLOSE:
         return f"the exact solution is reached to {distance:.1e} of its largest coefficient"
-    group, curvature = trainer.optimizers[0].param_groups[0], exact.curvature
-    lr, stable = group["lr"], curvature.max_lr(group.get("momentum", 0.0))
+    group = trainer.optimizers[0].param_groups[0]
+    lr, stable = group["lr"], 2 * (1 + group.get("momentum", 0.0)) / exact.largest
     plain = isinstance(trainer.optimizers[0], torch.optim.SGD)
     if not math.isfinite(distance) or plain and lr > stable:
         return (
             f"the fit diverged: lr {lr:.4g} is too large; the largest stable rate of the full "
-            f"batch is {stable:.4g}, and {curvature.auto_lr:.4g} is safe"
+            f"batch is {stable:.4g}, and {1 / exact.largest:.4g} is safe"
         )
-    line = (
+    digits = "; float32 keeps 7 digits of each number: give --trainer.precision 64-true"
+    return (
         f"{distance:.2g} of the largest coefficient away from the exact solution after "
-        f"{trainer.global_step:,} updates: the condition number is {curvature.condition_number:.3g}"
+        f"{trainer.global_step:,} updates: the condition number is {exact.condition_number:.3g}"
+        + digits
+        * (trainer.precision != "64-true")
     )
-    if trainer.precision == "64-true":
-        return line
-    return f"{line}; float32 keeps 7 digits of each number: give --trainer.precision 64-true"

@@ -1,7 +1,5 @@
 """What a run did, as one table at its end."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,11 +34,9 @@ class EndTable(Callback):
         self._started, self._first = 0.0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
         self._started, self._first = time.perf_counter(), trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock, and evaluate the training rows at the final weights."""
         seconds, step = time.perf_counter() - self._started, trainer.global_step
         resumed, lr = f" (to {step:,})" if self._first else "", pl_module.hparams.get("lr", "")
         self._rows = {
@@ -71,7 +67,6 @@ class EndTable(Callback):
             self._rows["gradient"] += ", from moments"
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table, unless that is deferred."""
         if not self.deferred:
             self.show(trainer)
 

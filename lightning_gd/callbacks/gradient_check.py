@@ -76,7 +76,8 @@ class GradientCheck(Callback):
         """Return one line on the whole fit: how many checks, and what they could not test."""
         missed = [name for name, times in self.tested.items() if not times]
         tested = f"not tested: {', '.join(missed)}" if missed else "all parameters tested"
-        return f"{self.checks} checks, {tested}" if self.checks else "nothing was checked"
+        checks = "1 check" if self.checks == 1 else f"{self.checks} checks"
+        return f"{checks}, {tested}" if self.checks else "nothing was checked"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from 0 in each fit."""
@@ -196,14 +197,10 @@ def _count(content: Any) -> int:
     return len(next(tensors(content)))
 
 
-def _pick(content: Any, rows: Tensor) -> Any:
+def _pick(content: Any, rows: Tensor | slice) -> Any:
     """Return some rows of every tensor that has as many as the first."""
     count = _count(content)
-
-    def pick(values: Tensor) -> Tensor:
-        return values[rows.to(values.device)] if values.shape[:1] == (count,) else values
-
-    return apply_to_collection(content, Tensor, pick)
+    return apply_to_collection(content, Tensor, lambda t: t[rows] if t.shape[:1] == (count,) else t)
 
 
 def _local_sums(
@@ -220,8 +217,10 @@ def _local_sums(
         sums = [s + module.rows(content) * g for s, g in zip(sums, terms[-1], strict=True)]
     for content in filled:
         count = _count(content)
-        for rows in torch.arange(count).tensor_split(max(1, min(PARTS, count // 2))):
-            terms.append(_autograd(module, trained, _pick(content, rows)))
+        size = max(2, -(-count // PARTS))
+        for at in range(0, max(1, count - 1), size):  # a single row at the end is left out
+            part = _pick(content, slice(at, at + size))
+            terms.append(_autograd(module, trained, part))
     with torch.no_grad():
         for buffer, value in buffers:
             buffer.copy_(value)

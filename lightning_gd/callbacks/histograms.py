@@ -1,7 +1,5 @@
 """Histograms of the weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,16 +14,13 @@ class WeightHistograms(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write those of the start."""
         self._write(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write after 1, 2, 4, 8, … epochs."""
         if (trainer.current_epoch + 1).bit_count() == 1:
             self._write(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write those of the end."""
         if trainer.current_epoch.bit_count() != 1:  # else they are written
             self._write(trainer, pl_module)
 

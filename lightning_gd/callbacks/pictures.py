@@ -53,7 +53,6 @@ class Pictures(Callback):
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the folder, and ask TensorBoard for one chart of the train and the test loss."""
         folder = trainer.log_dir if stage == "fit" and trainer.loggers else None
         own = isinstance(pl_module, GradientDescentModule) and trainer.is_global_zero
         self._folder = Path(folder) / "pictures" if folder and own else None
@@ -62,51 +61,49 @@ class Pictures(Callback):
             board.add_custom_scalars(shared_chart("train/loss", "test/loss"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the inputs of the lines, if the data have one feature."""
         data = tensor_data(trainer)
         if self._folder is None or data is None:
             return
         train = data.tables["train"]
-        if train.raw.shape[1:] == (1,) and train.y.ndim == 1:
+        if train.raw.shape[1:] == (1,) and train.y.ndim == 1 and train.x.is_floating_point():
             self._at = torch.linspace(float(train.x.min()), float(train.x.max()), 101)[:, None]
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Keep the line before the first update, and after 1, 2, 4, 8, … updates."""
         if self._at is not None and (not self.lines or trainer.global_step.bit_count() == 1):
             self.lines.append((trainer.global_step, _predict(pl_module, self._at)))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw."""
         if self._folder is None or not isinstance(pl_module, GradientDescentModule):
             return
+        from lightning_gd import figures  # matplotlib takes a while to import: only when drawing
+
         data = tensor_data(trainer)
         tables = {} if data is None else data.tables
         drawn = _of_model(pl_module)
         if self._at is not None:
             self.lines.append((trainer.global_step, _predict(pl_module, self._at)))
-            drawn["fit"] = _of_lines(tables["train"], self._at, self.lines)
+            x, y = (rows[:MOST_ROWS] for rows in (tables["train"].x[:, 0], tables["train"].y))
+            drawn["fit"] = figures.fitted_lines(x, y, self._at[:, 0], self.lines)
         if "test" in tables:
             drawn |= _of_digits(pl_module, tables["test"], self.worst)
         for name, figure in drawn.items():
             self._publish(figure, name, trainer)
 
     def _publish(self, figure: Figure, name: str, trainer: Trainer) -> None:
-        """Render once; TensorBoard gets what is in the file."""
         from matplotlib.image import imread
 
         assert self._folder is not None
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"{name}.png"
+        path, step = self._folder / f"{name}.png", trainer.global_step
         figure.savefig(path)
-        for board in boards(trainer):
-            tag, step = f"pictures/{name}", trainer.global_step
-            board.add_image(tag, imread(path), step, dataformats="HWC")
+        for board in boards(trainer):  # reading is faster than drawing once more
+            board.add_image(f"pictures/{name}", imread(path), step, dataformats="HWC")
 
 
 def _of_model(module: GradientDescentModule) -> dict[str, Figure]:
-    from lightning_gd import figures  # matplotlib takes a while to import: only when drawing
+    from lightning_gd import figures
 
     drawn, history = {}, module.curves.history
     curves = {part: history.get(f"{part}/loss") for part in ("train", "val", "test")}
@@ -120,12 +117,6 @@ def _of_model(module: GradientDescentModule) -> dict[str, Figure]:
     if isinstance(weight, Tensor) and weight.numel() == 784:
         drawn["weights"] = figures.weight_picture(weight.detach().float().cpu().numpy())
     return drawn
-
-
-def _of_lines(train: Table, at: Tensor, lines: list[tuple[int, Tensor]]) -> Figure:
-    from lightning_gd import figures
-
-    return figures.fitted_lines(train.x[:MOST_ROWS, 0], train.y[:MOST_ROWS], at[:, 0], lines)
 
 
 def _of_digits(module: LightningModule, table: Table, worst: int) -> dict[str, Figure]:

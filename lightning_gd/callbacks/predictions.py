@@ -1,7 +1,5 @@
 """What `predict` finds, as a file."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,11 @@ class Predictions(Callback):
     """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with no predictions."""
         self._found: Tensor | None = None  # shape [N, K + 1]: K numbers, and 1 if they are known
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Keep the predictions for the local rows of a batch at the places of these rows."""
         data, first = tensor_data(trainer), batch_idx * EVALUATION_ROWS
         if data is None or not isinstance(outputs, Tensor) or outputs.ndim == 0:
             return
@@ -42,7 +38,6 @@ class Predictions(Callback):
             rows.copy_(torch.cat([values, torch.ones_like(values[:, :1])], dim=1))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Collect the rows of all processes; the first one writes."""
         data, logger = tensor_data(trainer), trainer.logger
         if data is None or self._found is None:
             return

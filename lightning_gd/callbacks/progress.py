@@ -1,7 +1,5 @@
 """The progress bar of the command line."""
 
-from __future__ import annotations
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
@@ -18,15 +16,13 @@ class UpdateProgressBar(RichProgressBar):
         super().__init__(refresh_rate=PER_SECOND)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the epoch alone: Lightning appends "/-2" if only updates bound the run."""
         super().on_train_epoch_start(trainer, pl_module)
         if self.progress is not None and self.train_progress_bar_id is not None:
-            text = f"Epoch {trainer.current_epoch}"
+            text = f"Epoch {trainer.current_epoch}"  # without "/-2" if only updates bound the run
             self.progress.update(self.train_progress_bar_id, description=text)
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return the metrics without the version number of the run."""
         items = super().get_metrics(trainer, pl_module)
         return {name: value for name, value in items.items() if name != "v_num"}

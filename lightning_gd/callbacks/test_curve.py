@@ -1,7 +1,5 @@
 """The loss on the test rows during training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,22 +37,21 @@ class TestCurve(Callback):
         self._fraction = 0.0  # of the rows of all processes
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move the local test rows to the device of the model."""
         data, loader, self._batch = tensor_data(trainer), trainer.train_dataloader, None
         if data and "test" in data.tables and isinstance(pl_module, GradientDescentModule):
             self._batch = data.whole("test").to(pl_module.device)
             rows = next(pl_module.parameters()).new_tensor(float(self._batch.rows(pl_module)))
             self._fraction = float(rows / reduce_sum(rows.clone()))
-            mini = isinstance(loader, GlobalBatches) and not data.full_batch
-            self._every = self.every_n_updates or (loader.updates_per_epoch if mini else 1)
+            self._every = self.every_n_updates or 1
+            if isinstance(loader, GlobalBatches) and not (self.every_n_updates or data.full_batch):
+                self._every = loader.updates_per_epoch
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: GradientDescentModule, optimizer: Optimizer
     ) -> None:
-        """Record the local part of a point if one is due; the loss is the sum of the parts."""
         if self._batch is None or trainer.global_step % self._every:
             return
-        part = next(pl_module.parameters()).new_zeros(())
+        part = next(pl_module.parameters()).new_zeros(())  # the loss is the sum of all parts
         if self._fraction:
             with evaluating(pl_module):
                 part = self._batch.loss(pl_module) * self._fraction

@@ -1,7 +1,7 @@
 """Compares explicit gradients with autograd, and autograd with differences of the loss."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,11 +9,19 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_gd.batch import is_current, tensors
-from lightning_gd.gradcheck.bench import Bench, Point
-from lightning_gd.gradcheck.diagnosis import CUT, STALE, alike, largest, malformed, name_mistake
+from lightning_gd.gradcheck.bench import Bench, Point, double
+from lightning_gd.gradcheck.diagnosis import (
+    CUT,
+    STALE,
+    alike,
+    largest,
+    malformed,
+    name_mistake,
+    name_reduction,
+)
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
 
-EPS = 16 * torch.finfo(torch.float64).eps  # rounding per term of a sum, with a margin
+SAFETY = 16  # times the rounding eps per term of a sum
 NUDGE = 2.0**-10  # relative change of the parameters that shows the size of the terms of a sum
 STEPS = 2.0**-13, 2.0**-17, 2.0**-21  # of differences, relative to the scale of the parameter
 KINK = 1e-3  # of the terms: a smaller difference of two gradients does not come from a kink
@@ -54,6 +62,45 @@ def check_gradients(model: nn.Module, *batch: Any, seed: int = 0) -> GradientRep
             return GradientReport(tuple(ParameterReport(n, diagnosis=words) for n in bench.start))
 
 
+def check_reduced(
+    expected: Mapping[str, Tensor],
+    actual: Mapping[str, Tensor],
+    world_size: int,
+    dtype: torch.dtype,
+    rows: float,
+    *,
+    scale: Mapping[str, float] | None = None,
+    local: Mapping[str, Tensor] | None = None,
+) -> GradientReport:
+    """Compare `p.grad` after the reduction over processes with that of the global batch.
+
+    The bound is 16 eps √(N + D) · scale: at the N of a global batch the worst case N·eps would
+    hide mistakes in float32, and rounding errors of independent sign add up like a random walk.
+
+    Args:
+        expected: Gradient of the loss on the global batch.
+        actual: The gradient that the optimizer is about to see.
+        world_size: Number of processes.
+        dtype: Precision in which `actual` was computed.
+        rows: N, rows of the global batch.
+        scale: Size of the summed terms, per parameter; by default the largest entry of all of
+            `expected`, which is too strict close to the optimum.
+        local: Gradient of the local rows: names a missing reduction.
+    """
+    scale = scale or dict.fromkeys(expected, max(map(largest, expected.values()), default=0.0))
+    reports = []
+    for name, gradient in expected.items():
+        noise = SAFETY * torch.finfo(dtype).eps * math.sqrt(rows + gradient.numel())
+        bound = noise * scale[name]
+        right, found = double(gradient), double(actual.get(name, gradient * math.nan))
+        error, words = largest(found - right), None
+        if not error <= bound:  # also nan
+            own = double(local[name]) if local else None
+            words = name_reduction(right, found, own, world_size, bound)
+        reports.append(ParameterReport(name, error, largest(right), bound, words))
+    return GradientReport(tuple(reports))
+
+
 class _Measured:
     """Gradients at the given weights and after a random step, and the size of the loss."""
 
@@ -75,15 +122,17 @@ class _Measured:
         self.loss = max(change, *(abs(point.loss) for point in self.points))
         widest = max((size for value in bench.start.values() for size in value.shape), default=1)
         numbers = sum(t.numel() for t in tensors(once)) // self.rows
-        self.rounding = EPS * (self.rows + numbers + widest)
+        self.rounding = SAFETY * torch.finfo(torch.float64).eps * (self.rows + numbers + widest)
 
     def report(self) -> GradientReport:
-        """Return the verdict on each parameter."""
-        known, returned = self.bench.start, self.given.explicit
-        names = [n for n in known if n in returned or n in self.bench.trained]
+        known, names = self.bench.start, [*self.bench.trained, *self.given.explicit]
         words = f"unknown name: named_parameters() are {list(known)}"
-        unknown = [ParameterReport(n, diagnosis=words) for n in returned if n not in known]
-        return GradientReport(tuple([_Parameter(self, name).report() for name in names] + unknown))
+        return GradientReport(
+            tuple(
+                _Parameter(self, n).report() if n in known else ParameterReport(n, diagnosis=words)
+                for n in dict.fromkeys(names)
+            )
+        )
 
 
 class _Parameter:
@@ -103,36 +152,31 @@ class _Parameter:
             self.length = min(self.length, measured.loss / self.scale)
 
     def report(self) -> ParameterReport:
-        """Return the verdict."""
         for point in self.points:
             if words := malformed(self.name, point.explicit, point.autograd[self.name]):
                 return ParameterReport(self.name, diagnosis=words)
-        found = [self._compare(point) for point in self.points]
-        words = next((words for *_, words in found if words), None)
+        errors, sizes, diagnoses = zip(*map(self._compare, self.points), strict=True)
+        words = next(filter(None, diagnoses), None)
         again, moved = self.all.again.get(self.name), self.all.moved.explicit[self.name]
         same = isinstance(again, Tensor) and alike(again, moved, 2 * self.noise)
         if not same and moved.isfinite().all():
             words = STALE
-        error, size = max(error for error, *_ in found), max(size for _, size, _ in found)
-        return ParameterReport(self.name, error, size, self.noise, words)
+        return ParameterReport(self.name, max(errors), max(sizes), self.noise, words)
 
     def _compare(self, point: Point) -> tuple[float, float, str | None]:
         """Return the error, the gradient's size and the mistake; zeros where it is undefined."""
-        explicit, truth = point.explicit[self.name], point.autograd[self.name]
-        difference, size = explicit - truth, largest(truth)
-        error = largest(difference)
+        pairs = [(p.explicit[self.name], p.autograd[self.name]) for p in (*self.points, point)]
+        explicit, truth = pairs[-1]
+        error, size = largest(explicit - truth), largest(truth)
         wrong = not error <= self.noise  # also nan
-        way = difference if wrong else self.all.bench.random(truth)
-        holds = wrong and all(self._fits(point, explicit, way))
+        way = explicit - truth if wrong else self.all.bench.random(truth)
         if not any(self._fits(point, truth, way)):
-            return error, size, f"{CUT}; explicit is {'right' if holds else 'wrong too'}"
-        kink = holds and KINK * self.scale < error < math.inf
-        if kink or not math.isfinite(size):
+            return error, size, CUT
+        kink = wrong and KINK * self.scale < error < math.inf
+        if not math.isfinite(size) or (kink and all(self._fits(point, explicit, way))):
             return 0.0, 0.0, None
-        if not wrong:
-            return error, size, None
-        pairs = [(p.explicit[self.name], p.autograd[self.name]) for p in self.points]
-        return error, size, name_mistake(pairs, (explicit, truth), self.all.rows, self.noise)
+        words = name_mistake(*pairs, self.all.rows, self.noise) if wrong else None
+        return error, size, words
 
     def _fits(self, point: Point, gradient: Tensor, way: Tensor) -> Iterator[bool]:
         """Tell for each step whether a gradient fits the one-sided slopes along a direction.
@@ -140,16 +184,15 @@ class _Parameter:
         It must lie between them, up to their difference: h f″ for a smooth loss f, which is more
         than the error of their mean, and the whole jump at a kink.
         """
-        bench, start, way = self.all.bench, point.weights[self.name], way / way.norm()
-        bench.place(point.weights)
+        way, slope = way / way.norm(), float((gradient * way).sum() / way.norm())
         for h in (step * self.length for step in STEPS):
-            left, right = (
-                (bench.loss({self.name: start + t * way}, point.batch) - point.loss) / t
-                for t in (-h, h)
-            )
+            weights = [
+                point.weights | {self.name: point.weights[self.name] + t * way} for t in (-h, h)
+            ]
+            low, high = (self.all.bench.loss(w, point.batch) for w in weights)
             rounding = self.noise + 4 * self.all.rounding * (self.all.loss / h + self.scale)
-            error = abs(float((gradient * way).sum()) - (left + right) / 2)
-            yield not error > abs(right - left) + rounding
+            left, right = (point.loss - low) / h, (high - point.loss) / h
+            yield not abs(slope - (left + right) / 2) > abs(right - left) + rounding
 
 
 def _repeated(values: Tensor, rows: int) -> Tensor:

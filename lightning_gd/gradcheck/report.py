@@ -28,7 +28,6 @@ class ParameterReport:
 
     @property
     def ok(self) -> bool:
-        """Whether no mistake was found."""
         return self.diagnosis is None
 
     @property
@@ -36,13 +35,7 @@ class ParameterReport:
         """Whether a factor 2 or ½ would have been noticed: any multiple of zero looks right."""
         return self.size > 2 * self.bound
 
-    @property
-    def relative_error(self) -> float:
-        """`error` over `size`."""
-        return self.error / self.size if self.size else self.error
-
     def __str__(self) -> str:
-        """Return one line: verdict, error, bound."""
         verdict = "WRONG" if not self.ok else "ok" if self.tested else "not tested, it vanishes"
         return f"{self.name}: {verdict}, error {self.error:.2g} (bound {self.bound:.2g})"
 
@@ -55,7 +48,6 @@ class GradientReport:
 
     @property
     def ok(self) -> bool:
-        """Whether no mistake was found in any gradient."""
         return all(p.ok for p in self.parameters)
 
     def lines(self) -> list[str]:

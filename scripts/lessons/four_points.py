@@ -86,7 +86,7 @@ def _apart(summed: Descent, trained: Run) -> Close:
 
 def _laws(entry: Entry, run: Run | Descent, lr: float, rel: float) -> dict[str, Close]:
     """After update k = 1, 2, …: w = w*(1 − qᵏ) and L = L₀ q²⁽ᵏ⁻¹⁾, where q = 1 − λ · curvature."""
-    q = Curvature(moments(entry).hessian(bias=False)).top_factor(lr)
+    q = 1 - lr * Curvature(moments(entry).hessian(bias=False)).largest
     target, first = moments(entry).optimum(bias=False).weight.item(), run.losses[0]
     k = np.arange(1, len(run.losses) + 1)
     w, loss = target * (1 - q**k), first * (q * q) ** (k - 1)

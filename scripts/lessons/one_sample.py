@@ -55,11 +55,11 @@ def divergence(entry: Entry, way: str) -> dict[str, Any]:
     run, exact = descend(entry, way), descend(entry, way, double=True)
     curvature = Curvature(moments(entry).hessian(bias=False))
     lr = entry.settings["lr"]
-    factor, first = curvature.loss_factor(lr), exact.losses[0]
+    factor, first = curvature.factor(lr) ** 2, exact.losses[0]
     ratios = exact.losses[1:] / exact.losses[:-1]
     predicted = [first * factor**k for k in range(entry.steps)]
     return {
-        "error_factor": curvature.top_factor(lr),
+        "error_factor": 1 - lr * curvature.largest,
         "loss_factor": factor,
         "curvature": curvature.largest,
         "lr_max": curvature.max_lr(),
@@ -72,7 +72,7 @@ def divergence(entry: Entry, way: str) -> dict[str, Any]:
         "w_float32": run.weights[1:, 0],
         "lr": lr,
         "w_start": entry.settings["w0"],
-        "error_size": abs(curvature.top_factor(lr)),
+        "error_size": abs(1 - lr * curvature.largest),
         "loss_ratios": ", ".join(f"{ratio:.6g}" for ratio in ratios),
         "at_best": _one_step(entry, way, curvature.best_lr()),
     }
