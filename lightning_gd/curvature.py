@@ -153,6 +153,8 @@ def largest_eigenvalue(hvp: Callable[[Tensor], Tensor], like: Tensor, rtol: floa
     for _ in range(200):
         basis = torch.cat([basis, found[None] / found.norm()])
         products = torch.cat([products, hvp(basis[-1])[None]])
+        if not products[-1].isfinite().all():
+            raise ValueError("a Hessian-vector product is not finite")
         values, vectors = torch.linalg.eigh(basis @ products.T)
         found = vectors[:, -1] @ products - values[-1] * (vectors[:, -1] @ basis)  # the residual
         if found.norm() <= rtol * values.abs().max():

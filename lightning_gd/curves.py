@@ -63,7 +63,10 @@ class Curves:
         for step, values in points:
             for tag, value in values.items():
                 self._keep(tag, step, value)
-        for logger in trainer.loggers if trainer.is_global_zero else ():
+        for logger in trainer.loggers if trainer.is_global_zero and points else ():
+            if hasattr(logger, "log_points"):
+                logger.log_points(points)  # pyright: ignore[reportAttributeAccessIssue]
+                continue
             for step, values in points:
                 logger.log_metrics(values, step)
 

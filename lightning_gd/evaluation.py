@@ -42,7 +42,8 @@ class EvaluatedModule(LightningModule):
         such as the number of unpadded tokens or Σw, and 1 for a sum. Means over processes and
         accumulated batches are weighted by it.
         """
-        first = next(tensors(batch), None)
+        plain = isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor)
+        first = batch[0] if plain else next(tensors(batch), None)
         if first is None or first.ndim == 0:
             raise ValueError(
                 f"{type(self).__name__} cannot count the rows of a {type(batch).__name__}: its "

@@ -90,12 +90,14 @@ class RunHooks(Callback):
     ) -> None:
         self._check("evaluation", pl_module, batch)
 
-    on_test_batch_start = on_validation_batch_start
+    def on_test_batch_start(self, *args: Any) -> None:
+        self.on_validation_batch_start(*args)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         pl_module.start_evaluation()
 
-    on_test_epoch_start = on_validation_epoch_start
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
+        pl_module.start_evaluation()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         """Log the metrics as `val/…`; during a fit on the x axis of the other curves."""

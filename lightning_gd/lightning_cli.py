@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import logging
 import signal
@@ -65,7 +66,7 @@ class CommandLine(LightningCLI):
 
     def __init__(self, verb: str, words: list[str]) -> None:
         self.verb = verb
-        self.checkpoint: dict[str, Any] | None = None  # what the run starts from
+        self.checkpoint: dict[str, Any] = {}  # what the run starts from
         self.continued: tuple[str, str, int] | None = None  # the run whose folder it writes in
         super().__init__(
             GradientDescentModule,
@@ -111,18 +112,17 @@ class CommandLine(LightningCLI):
         words = [*args[:typed], "--config", yaml.safe_dump(below), *args[typed:]]
         self.config = parser.parse_args([*words, "--ckpt_path", file])
         self.continued = run_of(file) if self.verb == "fit" else None
-        self._say(file, theirs, _init_args(config), _init_args(self.config))
+        self._say(file, theirs, _init_args(config))
 
     @rank_zero_only
-    def _say(self, file: str, theirs: dict, before: dict, now: dict) -> None:
+    def _say(self, file: str, theirs: dict, before: dict) -> None:
         """Print in one line where the run starts, and whose settings won."""
-        assert self.checkpoint is not None
         parts = [f"from {file}, update {self.checkpoint['global_step']}"]
         if self.verb == "fit" and self.continued is None:
             parts.append("in a new run folder")
         if "data" not in theirs:
             parts.append("data not those of the checkpoint")
-        typed, kept = differences(now, theirs), differences(theirs, before)
+        typed, kept = differences(_init_args(self.config), theirs), differences(theirs, before)
         parts += [f"typed: {name} {text} of the checkpoint" for name, text in typed.items()]
         parts += [f"of the checkpoint: {n} {text}" for n, text in kept.items() if n not in typed]
         print("; ".join(parts))
@@ -143,7 +143,7 @@ class CommandLine(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Refuse weights of another shape before any work."""
-        if self.checkpoint is not None:
+        if self.checkpoint:
             check_shapes(self.checkpoint, self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -179,12 +179,9 @@ class CommandLine(LightningCLI):
         table: Any = self.config_init["end_table"]
         if table is not None:
             table.deferred = True  # until the progress bar has ended, and the test if there is one
-        if self.continued is not None and self.checkpoint is not None:
-            for logger, files in zip(
-                self.trainer.loggers, self.checkpoint["curve_files"], strict=False
-            ):
-                if isinstance(logger, RunLogger):
-                    logger.cut(files)
+        if self.continued is not None and isinstance(self.trainer.logger, RunLogger):
+            for files in self.checkpoint["curve_files"][:1]:  # of the first logger
+                self.trainer.logger.cut(files)
         self.trainer.fit(self.model, **start)
         if self.config.test_after_fit and self._has_test():
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
@@ -199,11 +196,11 @@ class CommandLine(LightningCLI):
         return overridden if tables is None else "test" in tables.tables
 
     def end_processes(self) -> None:
-        """End what Lightning started for this run after a failure, even a stopped process."""
+        """End what Lightning started for this run, even a stopped process."""
         if world_size() > 1 and dist.get_backend() == "gloo":
             dist.destroy_process_group()  # the others notice now, not seconds later
             if self.trainer.is_global_zero:
-                time.sleep(2)  # for the others to say what happened to them
+                time.sleep(2)  # for the others to print what happened to them
         launcher = self.trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signal.SIGKILL)
@@ -252,7 +249,7 @@ def run(verb: str, words: list[str]) -> None:
     try:
         command.execute()
     except BaseException as error:
-        command.end_processes()
+        atexit.register(command.end_processes)  # when the error has been printed
         if type(error).__name__.startswith("Dist") or "gloo" in str(error):
             raise RuntimeError(_lost(str(error))) from error
         raise

@@ -1,15 +1,19 @@
 """TensorBoard, with all values of an update in one event and readable columns of settings."""
 
 import os
+import struct
+import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import CRC_TABLE, masked_crc32c
 from tensorboard.plugins.hparams.plugin_data_pb2 import (
     HParamsPluginData,  # pyright: ignore[reportAttributeAccessIssue]
 )
@@ -37,14 +41,21 @@ class RunLogger(TensorBoardLogger):
         super().__init__(save_dir, name, version, default_hp_metric=False)
 
     @rank_zero_only
+    def log_points(self, points: list[tuple[int, dict[str, float]]]) -> None:
+        """Write `(step, {tag: value})`, all values of a step in one event."""
+        now, events = time.time(), []
+        for step, values in points:
+            tags = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+            event = Event(summary=Summary(value=tags), step=step, wall_time=now)
+            events.append(event.SerializeToString())
+        self.experiment.flush()  # what was added before comes first
+        with self._event_files()[-1].open("ab") as file:
+            file.write(framed(events))
+
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write all values of a step in one event, but for the epoch that Lightning adds."""
-        values = [
-            Summary.Value(tag=tag, simple_value=float(value))
-            for tag, value in metrics.items()
-            if tag != "epoch"
-        ]
-        self.experiment.file_writer.add_event(Event(summary=Summary(value=values)), step)
+        """Log all but the epoch that Lightning adds: the x axis counts updates."""
+        super().log_metrics({tag: v for tag, v in metrics.items() if tag != "epoch"}, step)
 
     @rank_zero_only
     def log_hyperparams(
@@ -86,6 +97,32 @@ class RunLogger(TensorBoardLogger):
 
     def _event_files(self) -> list[Path]:
         return sorted(Path(self.log_dir).glob("events.out.tfevents.*"))
+
+
+def framed(events: list[bytes]) -> bytes:
+    """Return the records of serialized events: TensorBoard frames them one by one, in Python.
+
+    A record is length (uint64), masked CRC32C of the length, data, masked CRC32C of the data.
+    The checksums of events of one length are computed together.
+    """
+    records, places = [b""] * len(events), {}
+    for i, event in enumerate(events):
+        places.setdefault(len(event), []).append(i)
+    for length, same in places.items():
+        header = struct.pack("<Q", length)
+        header += struct.pack("<I", masked_crc32c(header))
+        data = np.frombuffer(b"".join(events[i] for i in same), np.uint8).reshape(-1, length)
+        for i, checksum in zip(same, _checksums(data), strict=True):
+            records[i] = header + events[i] + checksum.tobytes()
+    return b"".join(records)
+
+
+def _checksums(rows: np.ndarray) -> np.ndarray:
+    table, crc = np.array(CRC_TABLE, np.uint32), np.full(len(rows), 0xFFFFFFFF, np.uint32)
+    for column in rows.T:
+        crc = table[(crc ^ column) & 0xFF] ^ (crc >> 8)
+    crc = ~crc
+    return (((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)).astype("<u4")
 
 
 def _cell(value: Any) -> int | float | str:

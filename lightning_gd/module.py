@@ -90,12 +90,14 @@ class GradientDescentModule(ConfiguredModule):
         if self.automatic_optimization:
             return self._loss_for_autograd(as_batch(batch))
         batches, left = batches_of(batch), self.trainer.max_steps - self.trainer.global_step
+        optimizer: Any = self.optimizers()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-            for i, content in enumerate(batches):
+            parameters = list(trained.values())
+            for content, due in zip(batches, self._due(len(batches), batch_idx), strict=True):
                 self._add_local_gradients(as_batch(content), trained)
-                if self._is_due(i, len(batches), batch_idx):
-                    self._explicit_update(list(trained.values()))
+                if due:
+                    self._explicit_update(parameters, optimizer)
                 if len(self.step_losses) == left:  # max_steps lies within this step
                     break
         if epoch_is_complete(self.trainer):
@@ -116,23 +118,23 @@ class GradientDescentModule(ConfiguredModule):
         loss, gradients = batch.loss_and_gradients(self)
         self._mean.add([loss, *_in_order(gradients, trained, type(self).__name__)], rows)
 
-    def _explicit_update(self, trained: list[Parameter]) -> None:
+    def _explicit_update(self, trained: list[Parameter], optimizer: Any) -> None:
         """Take the mean over the rows of all processes, clip, record, and step the optimizer."""
         (loss, *gradients), rows = self._mean.reduce()
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         record_update(self, loss, rows, self.clip(trained))
-        optimizer: Any = self.optimizers()
         optimizer.step()  # Lightning's: it counts `global_step` and calls the callbacks
         step_schedulers(self, "step")
         step_plateaus(self, "step", loss)
 
-    def _is_due(self, i: int, count: int, batch_idx: int) -> bool:
-        """Tell whether batch i of the `count` batches of this step ends an update."""
+    def _due(self, count: int, batch_idx: int) -> list[bool]:
+        """Tell for each of the `count` batches of this step whether it ends an update."""
         every = self.batches_per_update
         if count > 1:
-            return (i + 1) % every == 0 or i + 1 == count
-        return (batch_idx + 1) % every == 0 or self.trainer.is_last_batch
+            return [(i + 1) % every == 0 or i + 1 == count for i in range(count)]
+        number = batch_idx + 1
+        return [number % every == 0 or number == self.trainer.num_training_batches]
 
     def _loss_for_autograd(self, batch: Batch) -> Tensor:
         """Scale the local mean so that DDP's average over processes is the mean over all rows."""

@@ -51,7 +51,7 @@ def spoiled(case):
     return x, y
 
 
-CURVES = [("plain", part) for part in (0.1, 0.5, 0.99, 1.02)] + [("open", 0.5), ("rare", 0.5)]
+CURVES = [("plain", part) for part in (0.1, 0.99, 1.02)] + [("open", 0.5), ("rare", 0.5)]
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -63,8 +63,8 @@ def test_predicted_curves_are_the_measured_ones(case, part, momentum):
     rate = part * curvature.max_lr(momentum), momentum, 100
     assert (curvature.factor(*rate[:2]) < 1) == (part < 1)
     path = sgd(x, y, theta0, *rate)
-    walked = curvature.trajectory(theta0, opt.theta, *rate)
     errors = curvature.errors(theta0, opt.theta, *rate)
+    walked = opt.theta + errors @ curvature.eigenvectors.T
     # 1e-9 of what there is at the start, or where the run diverges at its end.
     assert (walked - path).abs().max() <= 1e-9 * max(path.abs().max(), opt.theta.abs().max())
     others, measured = table(n=30, size=x.shape[1], seed=5), losses(x, y, path)
@@ -74,7 +74,7 @@ def test_predicted_curves_are_the_measured_ones(case, part, momentum):
         (losses_along(Moments.of(*others), walked), losses(*others, path)),
     ]:
         assert (found - wanted).abs().max() <= 1e-9 * wanted.max()
-    no_bias = losses_along(Moments.of(x, y), path[3:4, :-1])
+    no_bias = losses_along(m, path[3:4, :-1])
     torch.testing.assert_close(no_bias[0], (x @ path[3, :-1] - y).square().mean())
 
 
@@ -82,12 +82,10 @@ def test_notebook_000():
     """One weight, one point x = 5: λ = 2x² = 50."""
     m = Moments.of(torch.tensor([[5.0]]), torch.tensor([10.0]))
     curvature, optimum = Curvature(m.hessian(bias=False)), m.optimum(bias=False)
-    found = [curvature.largest, curvature.factor(0.1), curvature.loss_factor(0.1)]
-    found += [curvature.top_factor(0.1), curvature.max_lr(), curvature.best_lr()]
-    found += [curvature.auto_lr, optimum.weight.item()]
+    found = [curvature.largest, curvature.factor(0.1), curvature.max_lr(), curvature.best_lr()]
     # 1e-12: decimal fractions such as 0.1 are not exact in binary.
-    assert found == pytest.approx([50, 4, 16, -4, 0.04, 0.02, 0.02, 2], rel=1e-12)
-    text = "\n".join(curvature.report(0.1, 0.0, torch.zeros(1), optimum.theta))
+    assert [*found, optimum.weight.item()] == pytest.approx([50, 4, 0.04, 0.02, 2], rel=1e-12)
+    text = "\n".join(curvature.report(torch.zeros(1), optimum.theta, 0.1, 0.0))
     assert "WARNING: lr 0.1 diverges" in text
     assert "multiplies the error by −4 and the loss by 16; the largest stable rate is 0.04" in text
 
@@ -116,28 +114,25 @@ def test_factor_is_the_spectral_radius(momentum):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99])
-@pytest.mark.parametrize("fraction", [0.5, 0.01, 1e-6])
 @pytest.mark.parametrize("part", [0.1, 0.3, 0.99])
-def test_updates_to_is_where_the_curve_stays_below(part, fraction, momentum):
+def test_updates_needed_is_where_the_curve_stays_below_a_hundredth(part, momentum):
     _, curvature, opt, theta0 = ready(*table())
-    lr = part * curvature.max_lr(momentum)
-    errors = curvature.errors(theta0, opt.theta, lr, momentum, 10_000)
-    curve = errors.square() @ curvature.eigenvalues
-    assert curve[-1] < fraction * curve[0]  # the curve is long enough
-    last = int((curve > fraction * curve[0]).nonzero()[-1])
-    assert curvature.updates_to(theta0, opt.theta, lr, momentum, fraction) == last + 1
+    run = theta0, opt.theta, part * curvature.max_lr(momentum), momentum
+    curve = curvature.errors(*run, 5000).square() @ curvature.eigenvalues
+    assert curve[-1] < 0.01 * curve[0]  # the curve is long enough
+    assert curvature.updates_needed(*run) == int((curve > 0.01 * curve[0]).nonzero()[-1]) + 1
 
 
-def test_updates_to_where_it_never_comes_or_takes_long():
+def test_updates_needed_where_it_never_comes_or_takes_long():
     _, curvature, opt, theta0 = ready(*table())
-    assert curvature.updates_to(theta0, opt.theta, 1.01 * curvature.max_lr(), 0.0, 0.01) is None
-    assert curvature.updates_to(theta0, opt.theta, 0.0, 0.0, 0.01) is None
-    assert curvature.updates_to(opt.theta, opt.theta, 0.01, 0.0, 0.01) == 0
+    assert curvature.updates_needed(theta0, opt.theta, 1.01 * curvature.max_lr(), 0.0) is None
+    assert curvature.updates_needed(theta0, opt.theta, 0.0, 0.0) is None
+    assert curvature.updates_needed(opt.theta, opt.theta, 0.01, 0.0) is None
     slow, start = Curvature(torch.diag(torch.tensor([1.0, 1e-6]))), torch.tensor([0.0, 1])
     # (1 − 1e-6)^2k = 0.01 ⇔ k = ln 10 / 1e-6; float32 1e-6 is exact to 1e-8.
-    assert slow.updates_to(start, 0 * start, 1.0, 0.0, 0.01) == pytest.approx(2302584, rel=1e-6)
-    assert slow.updates_to(start, 0 * start, 1e-3, 0.0, 0.01) is None
-    assert slow.updates_to(start, 0 * start, 1.0, 0.5, 0.01) is None
+    assert slow.updates_needed(start, 0 * start, 1.0, 0.0) == pytest.approx(2302584, rel=1e-6)
+    assert slow.updates_needed(start, 0 * start, 1e-3, 0.0) is None
+    assert slow.updates_needed(start, 0 * start, 1.0, 0.5) is None
 
 
 def test_noise_is_cut_from_the_spectrum():
@@ -146,15 +141,13 @@ def test_noise_is_cut_from_the_spectrum():
     _, curvature, opt, theta0 = ready(x, y)
     assert curvature.rank == 4
     assert curvature.smallest == curvature.eigenvalues[3] > 1e-6 > curvature.eigenvalues[2]
-    flat = curvature.report(0.01, 0.0, theta0, opt.theta)[1]
+    flat = curvature.report(theta0, opt.theta, 0.01, 0.0)[1]
     assert flat == "3 of 7 directions do not change the loss at all"
-    h = Curvature(torch.diag(torch.tensor([1e-3, 1.0, 4.0])), rtol=1e-2)
-    assert (h.smallest, h.largest, h.condition_number, h.rank) == (1, 4, 4, 2)
 
 
 def test_reports():
     h, start = Curvature(torch.diag(torch.tensor([1.0, 4.0]))), torch.tensor([1.0, 0])
-    assert h.report(0.25, 0.0, start, 0 * start) == [
+    assert h.report(start, 0 * start, 0.25, 0.0) == [
         "curvature: the largest eigenvalue of the Hessian is 4, the smallest 1 (condition number "
         "4)",
         'the largest stable rate is 0.5, the best 0.4; lr "auto" is 0.25',
@@ -169,17 +162,17 @@ def test_reports():
         (99.0, 0.9, "WARNING: lr 99 diverges"),
         (0.1, 0.9, 'rate with momentum 0.9 is 0.95, the best 0.76; lr "auto" is 0.25'),
     ]:
-        assert words in "\n".join(h.report(lr, momentum, start, 0 * start))
+        assert words in "\n".join(h.report(start, 0 * start, lr, momentum))
 
 
 @pytest.mark.parametrize("size", [1, 2, 50, 300])
 def test_lanczos_finds_the_largest_eigenvalue(size):
     a = torch.randn(size, size, generator=torch.Generator().manual_seed(size)).double()
     h = a + a.T  # negative eigenvalues too: the largest is not the largest in size
+    values = torch.linalg.eigvalsh(h)
     for rtol, matrix in ((1e-6, h), (1e-3, h.float())):
-        value = largest_eigenvalue(lambda v, h=matrix: h @ v, matrix[0], rtol)
-        # The error of the value is at most the residual, rtol of it.
-        assert value == pytest.approx(torch.linalg.eigvalsh(h)[-1].item(), rel=rtol)
+        found = largest_eigenvalue(lambda v, h=matrix: h @ v, matrix[0], rtol)
+        assert abs(found - values[-1]) <= rtol * values.abs().max()
 
 
 def test_lanczos_on_low_rank_zero_and_bad_products():
@@ -188,13 +181,13 @@ def test_lanczos_on_low_rank_zero_and_bad_products():
     assert largest_eigenvalue(lambda v: 0 * v, u) == 0
     with pytest.raises(ValueError, match="not finite"):
         largest_eigenvalue(lambda v: v * float("nan"), u)
-    with pytest.raises(ValueError, match="max_iterations=2"):
-        largest_eigenvalue(lambda v: torch.arange(20) * v, u, max_iterations=2)
+    with pytest.raises(ValueError, match="rtol=0 in 200 products"):
+        largest_eigenvalue(lambda v: torch.arange(500) * v, torch.ones(500), rtol=0)
 
 
-@pytest.mark.parametrize("values", [[1.0, -1], [0.0, 0], [-1.0, -2]])
+@pytest.mark.parametrize("values", [[1.0, -1], [0.0, 0]])
 def test_hessians_of_other_losses_are_refused(values):
-    with pytest.raises(ValueError, match="none below 0 and at least one above"):
+    with pytest.raises(ValueError, match="none below 0, and one above unless every x is 0"):
         Curvature(torch.diag(torch.tensor(values)))
 
 
@@ -222,7 +215,8 @@ def test_least_squares_of_a_run(make_trainer):
     best, theta = torch.linalg.lstsq(ones, y[:, None]).solution[:, 0], found.theta()
     excess = (ones @ (theta - best)).square().mean()  # the residual of best is orthogonal to x
     # 1e-11: the solution by singular values has 15 digits, and its distance to theta 14.
-    torch.testing.assert_close(found.excess_loss(), excess, rtol=1e-11, atol=0)
+    above = found.moments().excess_loss(theta, found.optimum)
+    torch.testing.assert_close(above, excess, rtol=1e-11, atol=0)
     terms = 2 / 60 * (ones.abs().T @ (ones.abs() @ theta.abs() + y.abs())).max()
     assert terms / 10 < found.term_size() < 10 * terms
 
@@ -243,7 +237,7 @@ def test_what_is_not_least_squares(make_trainer):
         ("Ridge.* is not least squares, or set --model.lr to a", {}, {"model": RidgeRegression}),
         (r"set --model.optimizer SGD \(got Adam\)", {}, {"optimizer": "Adam"}),
         (r"set --data.batch_size null \(got batch_size=7\)", {"batch_size": 7}, {}),
-        ("every x of the training rows is 0.*--model.bias true", {}, {"bias": False}),
+        ("unless every x is 0", {}, {"bias": False}),
     ],
 )
 def test_lr_auto_is_refused_with_the_reason(make_trainer, words, data, model):

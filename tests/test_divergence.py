@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import gradient_descent
 from test_cli import LIGHTNINGS, run
 from test_distributed import launch
 
 from lightning_gd import CurvatureReport, LinearRegression, PointsData, RunCheckpoint
 from lightning_gd.settings import DivergenceError
+from reference import gradient_descent
 
 X, Y = [1.0, 2.0, 3.0, 4.0], [2.0, 4.0, 6.0, 8.0]
 MOST = 1500  # updates

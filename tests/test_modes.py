@@ -241,16 +241,18 @@ KINDS: dict[type[GradientDescentModule], Any] = {
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
 
+def loader(batches: Any):
+    return DataLoader(batches, batch_size=None)
+
+
 def batches_of(content, *sizes):
     """A DataLoader of batches of these sizes."""
     if isinstance(content, tuple):
-        batches = list(zip(*(part.split(sizes) for part in content), strict=True))
-    elif isinstance(content, dict):
+        return loader(list(zip(*(part.split(sizes) for part in content), strict=True)))
+    if isinstance(content, dict):
         rows = zip(*(part.split(sizes) for part in content.values()), strict=True)
-        batches = [dict(zip(content, row, strict=True)) for row in rows]
-    else:
-        batches = content.split(sizes)
-    return DataLoader(batches, batch_size=None)
+        return loader([dict(zip(content, row, strict=True)) for row in rows])
+    return loader(content.split(sizes))
 
 
 @kinds
@@ -285,7 +287,7 @@ def test_accumulation_divides_once_by_all_rows(make_trainer, kind):
 
 @pytest.mark.parametrize("kind", [Softmax, Columns], ids=lambda kind: kind.__name__)
 def test_tables_of_any_form_and_accumulation(make_trainer, kind):
-    def end(mode="explicit", a=1, trainers=1, **data):
+    def end(mode="explicit", a=1, trainers=1, **data) -> torch.Tensor:
         model = kind(lr=0.02, momentum=0.5, gradient=mode, accumulate_grad_batches=a)
         trainer = make_trainer(max_steps=21, accumulate_grad_batches=trainers)
         return train(trainer, model, Rows(*KINDS[kind], **data))
@@ -295,14 +297,15 @@ def test_tables_of_any_form_and_accumulation(make_trainer, kind):
     assert torch.equal(single, end(batch_size=5, updates_per_step=4))
     # 8, 8 and 7 rows in one update are the full batch; of 5 batches the last 2 are an update.
     full = end()
-    for data in ({}, {"updates_per_step": 4}):
-        torch.testing.assert_close(end(a=3, batch_size=8, **data), full, **CLOSE)
-        assert torch.equal(end(a=3, batch_size=5, **data), end(a=3, batch_size=5))
+    for updates in (1, 4):
+        found = end(a=3, batch_size=8, updates_per_step=updates)
+        torch.testing.assert_close(found, full, **CLOSE)
+    assert torch.equal(end(a=3, batch_size=5), end(a=3, batch_size=5, updates_per_step=4))
     # 20 rows are 4 equal batches, for which the Trainer's mean of means is the mean.
-    equal = {"batch_size": 5, "num_val": 3}
     larger = end(batch_size=10, num_val=3)
-    torch.testing.assert_close(end("autograd", trainers=2, **equal), larger, **CLOSE)
-    torch.testing.assert_close(end(a=2, **equal), larger, **CLOSE)
+    ways: list[dict[str, Any]] = [{"mode": "autograd", "trainers": 2}, {"a": 2}]
+    for how in ways:
+        torch.testing.assert_close(end(batch_size=5, num_val=3, **how), larger, **CLOSE)
 
 
 REFUSED = {
@@ -321,4 +324,4 @@ def test_a_batch_that_cannot_be_meant_is_refused(
     model = make(gradient=gradient, **settings)
     with pytest.raises(ValueError, match=words):
         trainer = make_trainer(max_steps=1, precision="32-true")
-        train(trainer, model, DataLoader([(x, y)], batch_size=None))
+        train(trainer, model, loader([(x, y)]))

@@ -1,14 +1,13 @@
 """Moments against exact integers, the direct formula, numpy's lstsq and autograd, in float64."""
 
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from lightning_gd import LinearRegression, RidgeRegression
-from lightning_gd.moments import Moments, MomentsBatch, takes_moments
+from lightning_gd.moments import Moments, takes_moments
 
 # Sums of a few hundred float64 terms agree to some 1e-14 of the scale of their terms.
 CLOSE = 1e-12
@@ -43,30 +42,18 @@ def assert_same(a, b, rtol=CLOSE):
     assert ((a.cov - b.cov).abs() <= rtol * (torch.outer(scale, scale) + 1e-30)).all()
 
 
-@pytest.mark.parametrize("n", [1, 7, 1024, 1025, 2500])
-def test_bytes_are_bit_for_bit_exact(n):
+@pytest.mark.parametrize("high", [128.0, 129.0, 1e4])
+@pytest.mark.parametrize("n", [1, 1024, 1025, 4096])
+def test_bytes_are_bit_for_bit_exact_also_under_autocast(n, high):
+    """255 and 0 reach the bound 128²·1024 = 2²⁴ of exact float32 sums; targets may be larger."""
     x, y = digits(n)
-    m = Moments.of(x, y)
+    x[1::3, 20:150] = 255
+    y[::5] = high
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        m = Moments.of(x, y)
     mean, cov = exact(x, y)
     assert m.n == n and torch.equal(m.mean, mean) and torch.equal(m.cov, cov)
     assert m.cov[:5].abs().max() == 0
-
-
-@pytest.mark.parametrize("high", [128.0, 129.0, 1e6])
-def test_the_largest_bytes_are_exact(high):
-    """255 and 0 reach the bound 128²·1024 = 2²⁴ of exact float32 sums; targets may be larger."""
-    x = torch.zeros(4096, 300, dtype=torch.uint8)
-    x[1::3, :150] = 255
-    y = torch.full((4096,), -128.0)
-    y[::5] = high
-    m, (mean, cov) = Moments.of(x, y), exact(x, y)
-    assert torch.equal(m.mean, mean) and torch.equal(m.cov, cov)
-
-
-def test_bytes_stay_exact_under_autocast_and_restore_the_precision():
-    x, y = digits(1500)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(Moments.of(x, y).cov, exact(x, y)[1])
     a = torch.randn(64, 64)
     # float32 products again have 7 digits, not the 2 of bfloat16.
     torch.testing.assert_close(a @ a, (a.double() @ a.double()).float(), rtol=1e-4, atol=1e-4)
@@ -102,30 +89,28 @@ def test_uneven_and_empty_parts_add_up_and_reduce():
     parts, whole = [Moments.of(x[i:j] + 1e3, y[i:j]) for i, j in cuts], Moments.of(x + 1e3, y)
     assert [part.n for part in parts] == [1, 0, 299, 700]
     # The offset 1e3 costs 3 digits of the means, whose differences enter.
-    assert_same(sum(parts, Moments.zero(6)), whole, rtol=1e-10)
+    assert_same(sum(parts[1:], parts[0]), whole, rtol=1e-10)
     reduced = in_step(parts)
     assert_same(reduced[1], whole, rtol=1e-10)
     assert all(torch.equal(m.cov, reduced[0].cov) for m in reduced)
-    assert in_step([Moments.zero(6)])[0].n == (Moments.zero(6) + Moments.zero(6)).n == 0
+    assert_same(parts[1] + parts[1], parts[1])
 
 
 def in_step(parts):
-    """Run `reduce` of all parts at once, a thread for each process."""
-    barrier, sent = Barrier(len(parts)), dict.fromkeys(range(len(parts)), torch.zeros(0))
+    """Reduce all parts; each round knows the sum of one more call than the round before."""
+    sums, reduced = [], []
+    for _ in range(3):
+        sent = [[] for _ in parts]
+        pairs = zip(parts, sent, strict=True)
+        reduced = [part.reduce(partial(known, sums, own)) for part, own in pairs]
+        sums = [torch.stack(flats).sum(0) for flats in zip(*sent, strict=True)]
+    return reduced
 
-    def run(rank):
-        def reduce_sum(flat):
-            assert flat.dim() == 1 and flat.dtype == torch.float64
-            sent[rank] = flat
-            barrier.wait(timeout=60)
-            total = torch.stack([*sent.values()]).sum(0)
-            barrier.wait(timeout=60)
-            return total
 
-        return parts[rank].reduce(reduce_sum)
-
-    with ThreadPoolExecutor(len(parts)) as pool:
-        return list(pool.map(run, range(len(parts))))
+def known(sums, sent, flat):
+    assert flat.dim() == 1 and flat.dtype == torch.float64
+    sent.append(flat)
+    return sums[len(sent) - 1] if len(sent) <= len(sums) else flat
 
 
 def test_memmaps_and_read_only_arrays(tmp_path):
@@ -141,11 +126,7 @@ def test_affine_normalises_pixels():
     x, y = digits(2000, size=40)
     mean, std = 0.1307, 0.3081
     m, raw = Moments.of((x.double() / 255 - mean) / std, y), Moments.of(x, y)
-    scaled = raw.affine(1 / (255 * std), -mean / std)
-    torch.testing.assert_close(scaled.cov, m.cov, rtol=0, atol=CLOSE)
-    torch.testing.assert_close(scaled.mean, m.mean, rtol=0, atol=CLOSE)
-    scale = torch.arange(1.0, 41)
-    assert_same(raw.affine(scale, -scale), Moments.of((x - 1.0) * scale.double(), y))
+    assert_same(raw.affine(1 / (255 * std), -mean / std), m)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -159,21 +140,12 @@ def test_loss_gradients_and_hessian_are_those_of_autograd(with_bias):
 
     wanted = torch.autograd.grad(loss(theta), theta)[0]
     by_moments = torch.autograd.grad(m.loss(w, b), theta)[0]
-    by_hand = torch.cat([g.reshape(-1) for g in m.gradients(w, b) if g is not None])
+    value, *gradients = m.loss_and_gradients(w, b)
+    by_hand = torch.cat([g.reshape(-1) for g in gradients if g is not None])
     hessian = torch.autograd.functional.hessian(loss, theta.detach())
-    found = (m.loss(w, b), by_moments, by_hand, m.hessian(with_bias))
+    found = (value, by_moments, by_hand, m.hessian(with_bias))
     direct = (loss(theta), wanted, wanted, hessian)
     torch.testing.assert_close(found, direct, rtol=CLOSE, atol=CLOSE)
-
-
-def test_float32_copy():
-    m, theta = Moments.of(*noisy(200, 5)), torch.tensor([1, 1, 1, 1, 1, 0.5])
-    found = m.to(dtype=torch.float32).loss_and_gradients(theta[:5], theta[5])
-    wanted = m.loss_and_gradients(theta[:5].double(), theta[5].double())
-    for value, double in zip(found, wanted, strict=True):
-        assert value is not None and value.dtype == torch.float32
-        # float32 has 7 digits; sums of 5 terms lose less than one.
-        torch.testing.assert_close(value.double(), double, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -192,17 +164,16 @@ def test_optimum_is_that_of_lstsq(case, with_bias):
     scale = (x - centre).square().mean(0).sqrt()
     scale[scale < 1e-12] = np.inf
     target = (y - y.mean() if with_bias else y).numpy()
-    w, _, rank, _ = np.linalg.lstsq(((x - centre) / scale).numpy(), target, rcond=1e-10)
+    w = np.linalg.lstsq(((x - centre) / scale).numpy(), target, rcond=1e-10)[0]
     # Condition numbers here are at most 1e3, squared by the normal equations: 1e-16·1e6 of w.
     torch.testing.assert_close(opt.weight, torch.tensor(w) / scale, rtol=1e-9, atol=1e-9)
     residual = x @ opt.weight + (0 if opt.bias is None else opt.bias) - y
     assert 0 <= opt.loss and abs(residual.square().mean() - opt.loss) <= 1e-9 * y.square().mean()
-    assert opt.rank == rank and (opt.bias is None) == (not with_bias)
     assert case != "rank" or opt.weight[5] == 0 and (opt.weight[3] == 0) == with_bias
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("size", [1.0, 1e-6, 1e-10])
+@pytest.mark.parametrize("size", [1.0, 1e-10])
 def test_excess_loss_does_not_cancel(size, with_bias):
     m = Moments.of(*noisy(300, 4))
     opt = m.optimum(with_bias)
@@ -213,42 +184,26 @@ def test_excess_loss_does_not_cancel(size, with_bias):
     torch.testing.assert_close(m.excess_loss(theta, opt), wanted, rtol=1e-12, atol=0)
 
 
-def test_a_batch_of_moments_asks_the_model():
-    model, x, y = LinearRegression.example_batch()
-    model, x, y = model.double(), x.double(), y.double()
-    batch = MomentsBatch(Moments.of(x, y)).to("cpu")
-    assert batch.rows(model) == len(y)
-    found, wanted = batch.loss_and_gradients(model), model.loss_and_gradients(x, y)
-    torch.testing.assert_close(found, wanted, rtol=CLOSE, atol=0)
-    assert batch.loss(model) == found[0]
-
-
 def test_a_model_takes_moments_only_for_its_own_loss():
     other = type("Other", (LinearRegression,), {"forward": lambda self, x: 2 * x.sum(1)})
     assert takes_moments(type("Named", (LinearRegression,), {})())
     assert not any(map(takes_moments, (other(), RidgeRegression(), torch.nn.Linear(1, 1))))
 
 
+ONES = torch.ones(3, 2)
+
+
 @pytest.mark.parametrize(
     ("x", "y", "words"),
     [
-        (torch.ones(3), torch.ones(3), r"x \[3\] and y \[3\].*\[N, D\] and \[N\]"),
-        (torch.ones(3, 2), torch.ones(3, 1), r"y \[3, 1\]"),
-        (torch.ones(3, 2), torch.ones(1), r"y \[1\]"),
-        (torch.ones(3, 2) * 1j, torch.ones(3), "complex"),
-        (torch.tensor([[1.0, 2], [3, np.nan]]), torch.ones(2), r"x\[1, 1\] is nan"),
-        (torch.tensor([[1.0, 2], [np.inf, 4]]), torch.ones(2), r"x\[1, 0\] is inf"),
-        (torch.ones(2, 2, dtype=torch.uint8), torch.tensor([np.nan, 1]), r"y\[0\] is nan"),
-        (torch.ones(1500, 1), torch.ones(1500).index_fill(0, torch.tensor(1499), np.inf), "y.1499"),
-        (torch.tensor([[1e200], [-1e200]], dtype=torch.float64), torch.ones(2), "overflow"),
+        (torch.ones(3), torch.ones(3), r"x \[3\], y \[3\] must be real \[N, D\] and \[N\] tables"),
+        (ONES, torch.ones(3, 1), r"y \[3, 1\]"),
+        (ONES * 1j, torch.ones(3), "real"),
+        (ONES * np.nan, torch.ones(3), "finite"),
+        (ONES.byte(), torch.tensor([np.nan, 1, 1]), "finite"),
+        (ONES.double() * torch.tensor([[1e200], [1], [1]]).double(), torch.ones(3), "overflow"),
     ],
 )
 def test_bad_tables_are_refused(x, y, words):
     with pytest.raises(ValueError, match=words):
         Moments.of(x, y)
-
-
-@pytest.mark.parametrize("weight, bias", [((1,), ()), ((2, 1), ()), ((2,), (1,))])
-def test_bad_weights_are_refused(weight, bias):
-    with pytest.raises(ValueError, match=r"take \[2\] and \[\]"):
-        Moments.of(*noisy(10, 2)).loss_and_gradients(torch.ones(weight), torch.ones(bias))

@@ -56,9 +56,8 @@ def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel):
     package = (path for path in (ROOT / "lightning_gd").rglob("*") if path.is_file())
     wanted = {path.relative_to(ROOT).as_posix() for path in package if path.suffix != ".pyc"}
     assert held == wanted
-    named = {"py.typed", "experiments/parity.yaml", "notebooks/golden.json"}
+    named = {"py.typed", "experiments/parity.yaml", "data/longley.csv", "help.txt"}
     assert {f"lightning_gd/{name}" for name in named} <= held
-    assert any(name.startswith("lightning_gd/notebooks/lessons/") for name in held)
 
 
 @pytest.mark.slow

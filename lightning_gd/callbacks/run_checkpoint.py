@@ -49,9 +49,14 @@ class RunCheckpoint(Checkpoint):
             return
         self._folder = Path(self.dirpath) if self.dirpath else _run_folder(trainer) / "checkpoints"
         if trainer.is_global_zero:
-            if trainer.ckpt_path is None and (self._folder / "last.ckpt").exists():
-                warnings.warn(f"the checkpoints in {self._folder} will be replaced", stacklevel=2)
             self._folder.mkdir(parents=True, exist_ok=True)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of checkpoints in the folder of which this run is not the continuation."""
+        last = self._folder and self._folder / "last.ckpt"
+        # The Trainer learns of the checkpoint that it continues from after `setup`.
+        if last and last.exists() and trainer.ckpt_path is None and trainer.is_global_zero:
+            warnings.warn(f"the checkpoints in {self._folder} will be replaced", stacklevel=2)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an interval that would fall inside a step."""

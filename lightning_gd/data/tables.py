@@ -15,38 +15,30 @@ from lightning_gd.batch import TakesUpdates, Updates
 from lightning_gd.moments import Moments
 
 
+@dataclass(eq=False)
 class Table:
     """Rows in memory: `x = raw · scale + shift`, computed once, when first asked for.
 
     Floating tensors are converted to the precision of the run. Integers stay as they are (class
     numbers, tokens), but for inputs with a scale or shift, which become floats (pixels).
 
-    Args:
-        raw: Inputs, shape [N, ...].
-        y: Targets, shape [N, ...].
-        scale: Factor on every input.
-        shift: Added to every scaled input.
-        labels: What pictures call the rows, such as digits, shape [N].
-
     Raises:
         ValueError: If inputs and targets differ in their number of rows, or there is no row.
     """
 
-    def __init__(
-        self,
-        raw: Tensor,
-        y: Tensor,
-        scale: float = 1.0,
-        shift: float = 0.0,
-        labels: Tensor | None = None,
-    ) -> None:
-        shapes = f"got x {list(raw.shape)}, y {list(y.shape)}"
-        if raw.shape[:1] != y.shape[:1] or raw.ndim == 0:
+    raw: Tensor  # inputs, shape [N, ...]
+    y: Tensor  # targets, shape [N, ...]
+    scale: float = 1.0
+    shift: float = 0.0
+    labels: Tensor | None = None  # what pictures call the rows, such as digits, shape [N]
+
+    def __post_init__(self) -> None:
+        shapes = f"got x {list(self.raw.shape)}, y {list(self.y.shape)}"
+        if self.raw.shape[:1] != self.y.shape[:1] or self.raw.ndim == 0:
             raise ValueError(f"x and y must have the same number of rows; {shapes}")
-        if raw.numel() == 0:
+        if self.raw.numel() == 0:
             raise ValueError(f"x must have at least one row and one number per row; {shapes}")
-        self.raw, self.y, self.scale, self.shift, self.labels = raw, y, scale, shift, labels
-        self._targets = y  # in the precision in which they came
+        self._targets = self.y  # in the precision in which they came
         self._dtype: torch.dtype | None = None
         self._x: Tensor | None = None
         self._moments: dict[tuple[int, int], Moments] = {}
@@ -110,10 +102,9 @@ class GatheredUpdates(Updates):
             yield x.index_select(0, rows), y.index_select(0, rows)
 
     def to(self, device: torch.device | str) -> Updates:
-        """Move all batches in one transfer."""
         if torch.device(device) == self.table.y.device:
             return self
-        rows, sizes = torch.cat(list(self.batches)), [len(rows) for rows in self.batches]
+        rows, sizes = torch.cat(list(self.batches)), [len(batch) for batch in self.batches]
         x, y = (t.index_select(0, rows).to(device) for t in (self.table.x, self.table.y))
         return Updates(list(zip(x.split(sizes), y.split(sizes), strict=True)))
 
@@ -155,15 +146,13 @@ class GlobalBatches:
         return -(-self.batches // self.per_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the place in the data follows from `trainer.global_step`."""
-        return {}
+        return {}  # the place in the data follows from `trainer.global_step`
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore nothing; Lightning takes this method as the sign of a resumable loader."""
+        pass  # Lightning takes this method as the sign of a resumable loader
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator, so that the place is read when the first batch is asked for.
-        (epoch, first), end = self._place(), self._end
+        (epoch, first), end = self._place(), self._end  # read when the first batch is asked for
         order = self._order(epoch)
         while first < end:
             last = min((first // self.per_step + 1) * self.per_step, end)
@@ -185,13 +174,11 @@ class GlobalBatches:
         return apart * self.per_update % self.per_step == 0 or apart == self.updates_per_epoch
 
     @property
-    def _end(self) -> int:
-        """The number of batches per epoch that the Trainer asks for."""
+    def _end(self) -> int:  # the number of batches per epoch that the Trainer asks for
         limit = self.trainer.num_training_batches if self.trainer else math.inf
         return int(min(self.batches, limit * self.per_step))
 
     def _place(self) -> tuple[int, int]:
-        """Return the epoch, and the next batch in it."""
         if self.counted:
             epoch, update = divmod(self.trainer.global_step, self.updates_per_epoch)
             return epoch, update * self.per_update

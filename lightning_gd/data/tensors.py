@@ -83,8 +83,7 @@ class TensorDataModule(LightningDataModule):
             self.val_dataloader = super().val_dataloader  # not overridden: nothing to validate on
 
     def teardown(self, stage: str | None = None) -> None:
-        """Undo what `setup` hid, so that the next run may validate."""
-        self.__dict__.pop("val_dataloader", None)
+        self.__dict__.pop("val_dataloader", None)  # so that the next run may validate
 
     def _with_val(self, tables: dict[str, Table]) -> dict[str, Table]:
         train, rows = tables["train"], len(tables["train"]) - self.num_val
@@ -135,11 +134,9 @@ class TensorDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> GlobalBatches | list:
-        """Return the validation rows in order; a run without any does not ask for them."""
         return self._in_order("val")
 
     def test_dataloader(self) -> GlobalBatches | list:
-        """Return the test rows in order."""
         return self._in_order("test")
 
     predict_dataloader = test_dataloader
@@ -151,14 +148,12 @@ class TensorDataModule(LightningDataModule):
 
     @property
     def _dtype(self) -> torch.dtype | None:
-        """The precision of the run; None leaves the tables as they came."""
         if self.trainer is None:
-            return None
+            return None  # the tables as they came
         return torch.float64 if self.trainer.precision == "64-true" else torch.get_default_dtype()
 
     @property
     def _process(self) -> tuple[int, int]:
-        """The number of this process, and how many there are."""
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 

@@ -35,6 +35,11 @@ class ParameterReport:
         """Whether a factor 2 or ½ would have been noticed: any multiple of zero looks right."""
         return self.size > 2 * self.bound
 
+    @property
+    def relative_error(self) -> float:
+        """`error` over `size`."""
+        return self.error / self.size if self.size else self.error
+
     def __str__(self) -> str:
         verdict = "WRONG" if not self.ok else "ok" if self.tested else "not tested, it vanishes"
         return f"{self.name}: {verdict}, error {self.error:.2g} (bound {self.bound:.2g})"
