@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from lightning_gd.moments import Moments, rank_tolerance
 
 MOST_UPDATES, MOST_WALKED = 10**9, 10**4  # that are counted without and with momentum
+MOST_PRODUCTS = 200  # of a Hessian and a vector
 
 
 class Curvature:
@@ -150,7 +151,7 @@ def largest_eigenvalue(hvp: Callable[[Tensor], Tensor], like: Tensor, rtol: floa
     """
     found = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
     basis = products = like.new_empty(0, len(like))
-    for _ in range(200):
+    for _ in range(MOST_PRODUCTS):
         basis = torch.cat([basis, found[None] / found.norm()])
         products = torch.cat([products, hvp(basis[-1])[None]])
         if not products[-1].isfinite().all():
@@ -161,4 +162,4 @@ def largest_eigenvalue(hvp: Callable[[Tensor], Tensor], like: Tensor, rtol: floa
             return values[-1].item()
         for _ in range(2):  # once is not enough to stay orthogonal in floating point
             found = found - (basis @ found) @ basis
-    raise ValueError(f"λmax was not found to rtol={rtol} in 200 products")
+    raise ValueError(f"λmax was not found to rtol={rtol} in {MOST_PRODUCTS} products")

@@ -24,17 +24,11 @@ from test_models import is_class, problems, trained
 from test_modes import Rows, train
 from test_moments import noisy
 
-from lightning_gd import (
-    LinearRegression,
-    MNISTParityData,
-    ParityMLP,
-    PointsData,
-    TableData,
-)
+import lightning_gd
+from lightning_gd import LinearRegression, Moments, ParityMLP
 from lightning_gd.batch import batches_of
 from lightning_gd.data.tables import GlobalBatches, Table
 from lightning_gd.distributed import RowMean
-from lightning_gd.moments import Moments
 
 pytestmark = pytest.mark.filterwarnings(LIGHTNINGS)
 PROPERTIES = {}  # name: the check of all its cases, and how many there are
@@ -88,11 +82,8 @@ POWERS = {torch.float32: 15, torch.float64: 140}
 def explicit_is_autograd(problem, dtype, power):
     model, x, y = problem
     scale = 10.0 ** (power * POWERS[dtype])
-    model, x, y = (
-        model.to(dtype),
-        (x * scale).to(dtype),
-        (y if is_class(y) else y * scale).to(dtype),
-    )
+    model, x = model.to(dtype), (x * scale).to(dtype)
+    y = (y if is_class(y) else y * scale).to(dtype)
     with torch.no_grad():
         explicit = model.gradients(x, y)
         loss, both = model.loss_and_gradients(x, y)
@@ -188,7 +179,7 @@ def every_row_once_in_the_same_batches(world, epoch, accumulate, updates_per_ste
 
 
 @prop(600, limit=st.integers(1, 9), **PLACES, **LOADERS)
-def the_place_is_a_function_of_global_step(epoch, done, accumulate, **drawn):
+def the_place_follows_global_step(epoch, done, accumulate, **drawn):
     drawn["accumulate"] = accumulate
     first = epoch * loader(**drawn).updates_per_epoch
     whole = batches(step=first, **drawn)
@@ -221,9 +212,6 @@ def a_fit_is_a_plain_loop(autograd, max_steps, rows, accumulate, updates_per_ste
         theta = theta - 0.01 * moved
     # Sums of at most 40 rows in another order, 12 times: below 1e-13 of weights of order 1.
     torch.testing.assert_close(found, theta, rtol=0, atol=1e-12)
-
-
-# YAML
 
 
 def is_null(value):
@@ -269,7 +257,7 @@ def settings_of(cls, base):
 
 
 BASES = {"model": LightningModule, "data": LightningDataModule}
-CLASSES = [*find_models(), PointsData, MNISTParityData, TableData]
+DATA = (lightning_gd.PointsData, lightning_gd.MNISTParityData, lightning_gd.TableData)
 
 
 @cache
@@ -280,11 +268,10 @@ def parser_of(part):
     return parser
 
 
-@prop(500, cls=st.sampled_from(CLASSES), drawn=st.data())
+@prop(500, cls=st.sampled_from([*find_models(), *DATA]), drawn=st.data())
 def settings_survive_yaml(cls, drawn):
-    (part,) = (part for part, base in BASES.items() if issubclass(cls, base))
-    optional = settings_of(cls, BASES[part])
-    chosen = drawn.draw(st.fixed_dictionaries({}, optional=optional))
+    part = "data" if cls in DATA else "model"
+    chosen = drawn.draw(st.fixed_dictionaries({}, optional=settings_of(cls, BASES[part])))
     given = {part: {"class_path": f"lightning_gd.{cls.__name__}", "init_args": chosen}}
     config = parser_of(part).parse_object(given)
     kept = config[part].init_args.as_dict()
@@ -329,10 +316,6 @@ def with_replacement(_, self, epoch):
     return torch.randint(len(self.table), [len(self.table)], generator=dice)
 
 
-def from_the_first_batch(place, self):
-    return place(self)[0], 0
-
-
 def six_digits(dump, *args, **kwargs):
     text = dump(*args, **kwargs)
     return re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.6f}", text)
@@ -343,7 +326,7 @@ MUTANTS = {  # class, method, and what takes its place and gets it as the first 
     "moments_are_the_direct_formula": (Moments, "_at", centred),
     "moments_of_parts_add_up": (Moments, "__add__", without_the_means_between),
     "every_row_once_in_the_same_batches": (GlobalBatches, "_order", with_replacement),
-    "the_place_is_a_function_of_global_step": (GlobalBatches, "_place", from_the_first_batch),
+    "the_place_follows_global_step": (GlobalBatches, "_place", lambda at, self: (at(self)[0], 0)),
     "passes_of_the_full_batch": (GlobalBatches, "_full", lambda full, self, count: full(self, 1)),
     "a_fit_is_a_plain_loop": (RowMean, "add", lambda add, self, means, _: add(self, means, 1)),
     "settings_survive_yaml": (LightningArgumentParser, "dump", six_digits),

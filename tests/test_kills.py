@@ -118,11 +118,14 @@ def end_of(folder):
     assert sorted(file.name for file in files.iterdir()) == ["best.ckpt", "last.ckpt"]
     best, final = read(files / "best.ckpt"), read(files / "last.ckpt")
     kept = {"best": plain(best["state_dict"]), "best update": best["global_step"]}
-    events = EventAccumulator(str(files.parent), size_guidance={"scalars": 0}).Reload()
-    curves = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    # A point that is written twice would be twice in its list.
-    points = {tag: sorted((p.step, p.value) for p in curve) for tag, curve in curves.items()}
-    return {**kept, **{name: plain(final[name]) for name in COMPARED}, **points}
+    return {**kept, **{name: plain(final[name]) for name in COMPARED}, **curves(files.parent)}
+
+
+def curves(folder):
+    """The points (update, value) of each curve; one that is written twice is there twice."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    return {tag: sorted((p.step, p.value) for p in curve) for tag, curve in found.items()}
 
 
 def plain(value):

@@ -41,6 +41,7 @@ def command(root, steps, devices=2, **trainer):
 
 def failing(root, how, rank, timeout, **trainer):
     names = ["--model.how", how, "--model.rank", str(rank), "--process_timeout", str(timeout)]
+    names += ["--gradient_check", "null"]  # whose copy of the model has no Trainer to ask
     return [*command(root, 100_000, **trainer), "--model", "failing.Failing", *names]
 
 
@@ -80,7 +81,7 @@ def test_the_end_of_one_process_ends_the_others(forge, tmp_path, how, rank):
         assert status == 1 and line.startswith("error: another process of this run ")
         if how == "stop":
             assert "did not answer within --process_timeout (Timed out waiting 4000ms" in line
-            assert 3.5 < waited < WITHIN
+            assert 3.5 < waited < WITHIN + 4
         else:
             assert "has ended (" in line and waited < WITHIN
 

@@ -85,7 +85,7 @@ PLACED = [
     ("", {}, "has no header: its first line must name the columns"),
     ("a,b,y\n", {}, "has a header and no rows"),
     ("a,b,a,y\n1,2,3,4\n", {}, "line 1: 2 columns are named 'a'"),
-    ("a,price,y\n1,2,3\n", {"target": "pric"}, "has no column 'pric': did you mean 'price'?"),
+    ("a,price,y\n1,2,3\n", {"target": "pric"}, "has no column 'pric': its columns: a, price, y"),
     ("a,b,y\n1,2,3\n", {"features": ["c"]}, "has no column 'c': its columns: a, b, y"),
     ("a,b,y\n1,2,3\n", {"features": ["a", "y"]}, "features=['a', 'y'] must name one or more"),
     ("a,b,y\n1,2,3\n", {"features": ["a", "a"]}, "each once and without the target 'y'"),
@@ -93,7 +93,6 @@ PLACED = [
     (",b,y\n0,1,2\n", {}, "features=['', 'b'] must name one or more columns of"),
     ("a;b;y\n1;2;3\n", {}, "is --data.separator right? its columns: a;b;y"),
     ("a,b,y\n1,2,3\n4,x,6\n7,z,9\n", {}, "line 3, column 'b': 'x' is not a finite number"),
-    ("a,b,y\n1,2,3\n4,x,6\n7,z,9\n", {}, "(and 1 more in this column)"),
     ("a,b,y\n1,2,3\n\n4,,6\n", {}, "line 4, column 'b': the cell is empty"),
     ("a,b,y\n1,2,3\n4,5\n", {}, "line 3, column 'y': the cell is empty"),
     ("a,b,y\n1,2,3\n4,NA,5\n", {}, "line 3, column 'b': the cell is empty"),
@@ -103,8 +102,8 @@ PLACED = [
     ("a,b,y\n1,2,3,4\n4,5,6,7\n", {}, "cannot be read as a table: "),
     (b"a,b,y\n1,2,\xe4\n", {}, "is not a text file in UTF-8"),
     ("a,b,y\n1,2,3\n", {}, "test_fraction=0.2 leaves no row"),
-    (ROWS, {"test_fraction": 1}, "test_fraction=1 must be below 1"),
-    (ROWS, {"test_fraction": -0.5}, "test_fraction=-0.5 must be a finite number of at least 0"),
+    (ROWS, {"test_fraction": 1}, "test_fraction=1 leaves no row"),
+    (ROWS, {"test_fraction": -0.5}, "test_fraction=-0.5 must be a finite number"),
     (ROWS, {"separator": ", "}, "separator=', ' must be one character"),
     (ROWS, {"num_val": 4}, "num_val=4 leaves no row to train on: there are 4"),
 ]
@@ -185,19 +184,6 @@ def test_a_second_file_is_the_test_part(table, tmp_path):
     second.write_text("b,a\n2,1\n")
     with pytest.raises(ValueError, match="second.csv has no column 'y'"):
         table(ROWS, test_path=str(second))
-
-
-@pytest.mark.parametrize("precision", ["64-true", "32-true"])
-def test_tables_have_the_precision_of_the_run(table, make_trainer, precision):
-    data = table(ROWS)
-    x = data.tables["train"].x.clone()
-    trainer = make_trainer(max_steps=1, precision=precision)
-    with trainer.init_module():
-        model = LinearRegression(num_features=2)
-    trainer.fit(model, datamodule=data)
-    dtype = torch.float64 if precision == "64-true" else torch.float32
-    assert {t.dtype for part in data.tables.values() for t in (part.x, part.y)} == {dtype}
-    assert torch.equal(data.tables["train"].x, x.to(dtype))
 
 
 # Coefficients

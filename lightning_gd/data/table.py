@@ -1,7 +1,6 @@
 """A table of the user's own, from a CSV file."""
 
 import csv
-import difflib
 import math
 import warnings
 from pathlib import Path
@@ -42,10 +41,6 @@ class TableData(TensorDataModule):
         mean: m, shape [D], float64.
         scale: s, shape [D], float64.
         test_lines: The line of each test row in its file; the header is line 1.
-
-    Raises:
-        ValueError: If a column is missing or named twice, or a cell in a column that is used holds
-            no finite number; with file, line and column.
     """
 
     def __init__(
@@ -59,9 +54,7 @@ class TableData(TensorDataModule):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        number("test_fraction", test_fraction, least=0)
-        if test_fraction >= 1:
-            raise ValueError(f"test_fraction={test_fraction!r} must be below 1: rows must be left")
+        number("test_fraction", test_fraction, least=0, most=1)
         if len(separator) != 1:
             raise ValueError(f"separator={separator!r} must be one character, such as ',' or ';'")
         path = str(LONGLEY) if path == "longley" else path
@@ -75,7 +68,6 @@ class TableData(TensorDataModule):
         self.test_lines: list[int] = []
 
     def load(self) -> dict[str, Table]:
-        """Read, split and standardise."""
         rows = self.read(self.path)
         parts = {"train": rows} if self.test_path else self._split(*rows)
         if self.test_path:
@@ -101,10 +93,10 @@ class TableData(TensorDataModule):
         return torch.stack(columns, dim=1), y, torch.tensor(frame.index.to_numpy() + 2)
 
     def _split(self, x: Tensor, y: Tensor, lines: Tensor) -> dict[str, Rows]:
-        count = len(y)
-        held = max(1, round(count * self.test_fraction)) if self.test_fraction else 0
-        if held == 0:
+        if self.test_fraction == 0:
             return {"train": (x, y, lines)}
+        count = len(y)
+        held = max(1, round(count * self.test_fraction))
         if held == count:
             raise ValueError(
                 f"test_fraction={self.test_fraction} leaves no row of {self.path} to train on "
@@ -126,16 +118,13 @@ class TableData(TensorDataModule):
         return torch.cat([slopes, intercept[None]])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs to standardise further rows alike."""
         return {"features": self.features, "mean": self.mean, "scale": self.scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Standardise with the statistics of the checkpoint; ValueError for other features."""
         if state["features"] != self.features:
             raise ValueError(
                 f"the checkpoint was trained on the features {', '.join(state['features'])}, in "
-                f"this order; here they are {', '.join(self.features)}: choose them with "
-                "--data.features"
+                f"this order; got {', '.join(self.features)}: choose them with --data.features"
             )
         same = torch.equal(state["mean"], self.mean) and torch.equal(state["scale"], self.scale)
         self.mean, self.scale, self._known = state["mean"], state["scale"], True
@@ -159,7 +148,6 @@ def _header(path: str, separator: str) -> list[str]:
 
 
 def _features(path: str, names: list[str], target: str, chosen: list[str] | None) -> list[str]:
-    """Return the feature columns by name, checked against the header."""
     _check_names(path, [target, *(chosen or [])], names)
     features = [name for name in names if name != target] if chosen is None else chosen
     if not features or {"", target} & {*features} or len({*features}) < len(features):
@@ -173,9 +161,7 @@ def _features(path: str, names: list[str], target: str, chosen: list[str] | None
 def _check_names(path: str, wanted: list[str], names: list[str]) -> None:
     for name in wanted:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            hint = "is --data.separator right? " if len(names) == 1 else hint
+            hint = "is --data.separator right? " if len(names) == 1 else ""
             raise ValueError(
                 f"{path} has no column {name!r}: {hint}its columns: {', '.join(names)}"
             )
@@ -189,10 +175,9 @@ def _frame(path: str, separator: str) -> Any:
         # Otherwise pandas drops the surplus cells of rows that are longer than the header.
         warnings.simplefilter("error", pandas.errors.ParserWarning)
         form = {"sep": separator, "encoding": "utf-8-sig", "skipinitialspace": True}
+        form |= {"index_col": False, "skip_blank_lines": False, "low_memory": False}
         try:
-            frame = pandas.read_csv(
-                path, index_col=False, skip_blank_lines=False, low_memory=False, **form
-            )
+            frame = pandas.read_csv(path, **form)
         except (ValueError, pandas.errors.ParserWarning) as error:
             raise ValueError(f"{path} cannot be read as a table: {str(error).strip()}") from error
     frame = frame.dropna(how="all")
@@ -202,7 +187,6 @@ def _frame(path: str, separator: str) -> Any:
 
 
 def _numbers(path: str, name: str, column: Any) -> Tensor:
-    """Return a column in float64; ValueError names the first cell without a finite number."""
     import pandas
 
     numbers: Any = pandas.to_numeric(column, errors="coerce")
@@ -211,10 +195,9 @@ def _numbers(path: str, name: str, column: Any) -> Tensor:
     if bad:
         cell, line = column.iloc[bad[0]], column.index[bad[0]] + 2
         what = "the cell is empty" if pandas.isna(cell) else f"'{cell}' is not a finite number"
-        more = f" (and {len(bad) - 1:,} more in this column)" if len(bad) > 1 else ""
         raise ValueError(
-            f"{path}, line {line}, column {name!r}: {what}{more}; correct it, or choose other "
-            "columns with --data.features"
+            f"{path}, line {line}, column {name!r}: {what}; correct it, or choose other columns "
+            "with --data.features"
         )
     return values
 

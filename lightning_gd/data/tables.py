@@ -48,7 +48,6 @@ class Table:
 
     @property
     def x(self) -> Tensor:
-        """The inputs as the model sees them, shape [N, ...]."""
         if self._x is None and (self.scale, self.shift) == (1.0, 0.0):
             self._x = _cast(self.raw, self._dtype)
         elif self._x is None:
@@ -56,8 +55,7 @@ class Table:
         return self._x
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of inputs as floats."""
+    def dtype(self) -> torch.dtype:  # of inputs as floats
         return self._dtype or torch.result_type(self.raw, 1.0)
 
     def use(self, dtype: torch.dtype | None) -> "Table":
@@ -70,8 +68,7 @@ class Table:
     def part(self, rows: slice) -> "Table":
         """Return the table of some rows, which shares the memory of this one."""
         labels = None if self.labels is None else self.labels[rows]
-        part = Table(self.raw[rows], self._targets[rows], self.scale, self.shift, labels)
-        return part.use(self._dtype)
+        return Table(self.raw[rows], self._targets[rows], self.scale, self.shift, labels)
 
     def local(self, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         """Return x and y of one process: every `world`-th row from row `rank` on."""
@@ -97,9 +94,8 @@ class GatheredUpdates(Updates):
         self.table = table
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        x, y = self.table.x, self.table.y
         for rows in self.batches:
-            yield x.index_select(0, rows), y.index_select(0, rows)
+            yield self.table.x.index_select(0, rows), self.table.y.index_select(0, rows)
 
     def to(self, device: torch.device | str) -> Updates:
         if torch.device(device) == self.table.y.device:
@@ -165,7 +161,6 @@ class GlobalBatches:
         return -(-self._end // self.per_update)
 
     def updates_in_epoch(self) -> int | None:
-        """Return the number of updates made in this epoch, 0 after the last; None: unknown."""
         return self.trainer.global_step % self.updates_per_epoch if self.counted else None
 
     def ends_step_every(self, updates: int) -> bool:

@@ -31,9 +31,6 @@ class TensorDataModule(LightningDataModule):
     Attributes:
         tables: The tables by part: `"train"`, and where they exist `"val"` and `"test"`.
         num_features: Numbers per row of x, if they are known before the rows are read.
-
-    Raises:
-        ValueError: If a setting is out of range, naming it, its value and the accepted form.
     """
 
     num_features: int | None = None
@@ -57,27 +54,25 @@ class TensorDataModule(LightningDataModule):
         self.batch_size, self.passes_per_epoch, self.num_val = batch_size, passes_per_epoch, num_val
         self.updates_per_step, self.moments, self.seed = updates_per_step, moments, seed
         self.tables: dict[str, Table] = {}
-        for name, used in (("moments", moments), ("passes_per_epoch", passes_per_epoch > 1)):
-            if used and batch_size is not None:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} needs the full batch: set batch_size=None "
-                    f"(got {batch_size})"
-                )
+        if batch_size is not None and (moments or passes_per_epoch > 1):
+            setting = "moments=True" if moments else f"passes_per_epoch={passes_per_epoch}"
+            raise ValueError(
+                f"{setting} needs the full batch: set batch_size=None (got {batch_size})"
+            )
 
     def load(self) -> dict[str, Table]:
         """Return the tables `"train"` and, where there is one, `"test"`."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the tables once, and hold them in the precision of the run."""
-        if not self.tables:
-            self.tables = self._with_val(self.load())
-            for part, table in self.tables.items():
-                _check_finite(part, table.use(self._dtype), targets=stage != "predict")
+        first = not self.tables
+        self.tables = self.tables or self._with_val(self.load())
+        for part, table in self.tables.items():
+            table.use(self._dtype)
+            if first:
+                _check_finite(part, table, targets=stage != "predict")
         if stage == "validate" and "val" not in self.tables:
             raise ValueError("num_val=0 leaves no rows to validate on: set --data.num_val")
-        for table in self.tables.values():
-            table.use(self._dtype)
         own = type(self).val_dataloader is TensorDataModule.val_dataloader
         if own and "val" not in self.tables and self.trainer is not None:
             self.val_dataloader = super().val_dataloader  # not overridden: nothing to validate on
@@ -115,7 +110,6 @@ class TensorDataModule(LightningDataModule):
         return as_batch(self.local(part))
 
     def train_dataloader(self) -> GlobalBatches:
-        """Return the steps of an epoch, from the place in the data that the run has reached."""
         trainer: Any = self.trainer
         if trainer is not None and self.moments and not takes_moments(trainer.lightning_module):
             raise ValueError(

@@ -175,7 +175,7 @@ class _Parameter:
         kink = wrong and KINK * self.scale < error < math.inf
         if not math.isfinite(size) or (kink and all(self._fits(point, explicit, way))):
             return 0.0, 0.0, None
-        words = name_mistake(*pairs, self.all.rows, self.noise) if wrong else None
+        words = name_mistake(pairs, self.all.rows, self.noise) if wrong else None
         return error, size, words
 
     def _fits(self, point: Point, gradient: Tensor, way: Tensor) -> Iterator[bool]:

@@ -1,7 +1,7 @@
 """Names what is wrong with an explicit gradient, from how it differs from the right one."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +28,13 @@ def malformed(name: str, explicit: Mapping[str, Any], truth: Tensor) -> str | No
     return f"transposed: {shapes}" if value.ndim == 2 and alike(value.T, truth) else shapes
 
 
-def name_mistake(given: Pair, moved: Pair, twice: Pair, wrong: Pair, n: int, noise: float) -> str:
+def name_mistake(pairs: Sequence[Pair], n: int, noise: float) -> str:
     """Name the mistake behind wrong numbers.
 
-    The gradients are those at the given weights, after a random step, there with each of the N
+    The pairs are the gradients at the given weights, after a random step, there with each of the N
     rows given twice, and the ones among them that were found to differ.
     """
+    given, moved, twice, wrong = pairs
     k, at_twice = ratio(*moved, noise), ratio(*twice, noise)
     if k is not None and at_twice is not None and (words := _name_factor(k, at_twice, n)):
         return words
