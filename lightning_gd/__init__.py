@@ -5,10 +5,9 @@ file: a new model, data or callback is exported because it is there. A name is i
 is first used, so that `--help` need not wait for Lightning.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ _PLACES = (
 )
 
 
+@cache
 def _names() -> dict[str, str]:
     """Return the dotted module of every public name."""
     root, found = Path(__file__).parent, {}

@@ -100,7 +100,7 @@ class RunHooks(Callback):
         pl_module.start_evaluation()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
-        """Log the metrics as `val/…`; during a fit on the x axis of the other curves."""
+        """Log the metrics as `val/…`, on the x axis of the other curves."""
         self._end(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
@@ -108,10 +108,11 @@ class RunHooks(Callback):
 
     def _end(self, trainer: Trainer, module: EvaluatedModule, part: str) -> None:
         values = {f"{part}/{name}": value for name, value in module.end_evaluation().items()}
-        fitting = trainer.state.fn == "fit"
-        module.log_dict(values, logger=False if fitting else None, sync_dist=True)
-        if fitting and not trainer.sanity_checking:
+        module.log_dict(values, logger=False, sync_dist=True)
+        if not trainer.sanity_checking:  # on the x axis of the other curves
             module.curves.record(trainer.global_step, dict(values))
+        if trainer.state.fn != "fit":
+            module.curves.write(trainer)
 
     def _check(self, kind: str, module: EvaluatedModule, content: Any) -> None:
         if kind in self._unchecked:

@@ -57,12 +57,7 @@ for name in dir(lightning_gd):  # what is imported can be given by its short nam
 
 
 class CommandLine(LightningCLI):
-    """The parser, and the model, the data and the Trainer that it builds.
-
-    Args:
-        verb: `fit`, `validate`, `test` or `predict`.
-        words: The other arguments.
-    """
+    """The parser of a verb's arguments, and the model, data and Trainer that it builds."""
 
     def __init__(self, verb: str, words: list[str]) -> None:
         self.verb = verb
@@ -149,7 +144,9 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the logger, the callbacks that are on, and the timeout of processes."""
         config: Any = self.config_init
-        _check(config.trainer)
+        check_precision(config.trainer.precision)
+        if config.trainer.barebones:
+            raise ValueError("--trainer.barebones true has no logs: set --trainer.logger false")
         number("process_timeout", config.process_timeout, above=0, most=1e6)
         for entry in StrategyRegistry.values():  # where `auto` looks, too
             if entry["strategy"] is DDPStrategy:
@@ -169,25 +166,22 @@ class CommandLine(LightningCLI):
     def execute(self) -> None:
         """Run the verb."""
         start = {"datamodule": self.datamodule, "ckpt_path": self.config.ckpt_path}
-        if self.verb == "fit":
-            self._fit(start)
-        else:
+        if self.verb != "fit":
             getattr(self.trainer, self.verb)(self.model, **start)
-
-    def _fit(self, start: dict[str, Any]) -> None:
-        """Train, test where that is asked for, and show the table."""
-        table: Any = self.config_init["end_table"]
-        if table is not None:
-            table.deferred = True  # until the progress bar has ended, and the test if there is one
+            return
         if self.continued is not None and isinstance(self.trainer.logger, RunLogger):
             for files in self.checkpoint["curve_files"][:1]:  # of the first logger
                 self.trainer.logger.cut(files)
+        table: Any = self.config_init["end_table"]
+        if table is not None:
+            table.deferred = True  # until the progress bar has ended, and the test if there is one
         self.trainer.fit(self.model, **start)
+        metrics = {}
         if self.config.test_after_fit and self._has_test():
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-            if table is not None:
-                table.add(self.trainer.callback_metrics)
+            metrics = self.trainer.callback_metrics
         if table is not None:
+            table.add(metrics)
             table.show(self.trainer)
 
     def _has_test(self) -> bool:
@@ -204,16 +198,6 @@ class CommandLine(LightningCLI):
         launcher = self.trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signal.SIGKILL)
-
-
-def _check(trainer: Any) -> None:
-    """Refuse options of the Trainer that this command cannot run with."""
-    check_precision(trainer.precision)
-    if trainer.barebones:
-        raise ValueError(
-            "--trainer.barebones true leaves nothing of what this command is for: set what you do "
-            "not want to false, such as --trainer.logger false"
-        )
 
 
 def _init_args(config: Any) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -303,7 +304,8 @@ def end_of(folder):
     names = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
     kept = {name: last_one[name] for name in names}
     unfinished = last_one["callbacks"]["RunHooks"]
-    return plain({**kept, "best": best["state_dict"], "mean": unfinished, "curves": curves(folder)})
+    end: Any = plain({**kept, "best": best["state_dict"], "mean": unfinished})
+    return {**end, "curves": curves(folder)}
 
 
 @pytest.mark.parametrize(

@@ -131,12 +131,13 @@ RIGHT = {
     "dict": (Softmax(), classes),
     "tensor": (Scalars(), lambda n: (batch(n, 2)[0],)),
     "at the kink of huber": (at_zero(Linear(huber=True)), labels),
+    "at the kink of relu": (at_zero(Network("relu", huber=True)), labels),
     "300 features": (Linear(features=300, ridge=0.1), lambda n: batch(n, 300)),
 }
 
 
 @pytest.mark.parametrize("name", RIGHT)
-@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("rows", [1, 2, 7])
 def test_right_models_pass(name, rows):
     model, rows_of = RIGHT[name]
     report = check_gradients(model, *rows_of(rows))
@@ -184,16 +185,23 @@ def beyond(m, right, x, slope):
 
 MISTAKES = {
     "sum": (times(lambda n: n), r"the sum over the rows instead of the mean \(N = 8\)"),
-    "twice": (times(lambda n: 2), "weight, bias: 2 times the gradient of loss"),
+    "twice": (times(lambda n: 2), "weight, bias: 2 times the gradient of loss, a factor 2 too"),
+    "half": (times(lambda n: 0.5), "a factor 2 is missing"),
     "sign": (times(lambda n: -1), "the sign is wrong"),
+    "minus twice the sum": (times(lambda n: -2 * n), "instead of the mean.*too much, the sign"),
     "zero": (times(lambda n: 0), "it is zero"),
+    "odd factor": (times(lambda n: 3), "a factor 3"),
     "[1, D]": (weight(lambda m, g, x, s: g[None]), r"shape \[1, 3\] where \[3\] is wanted"),
+    "per row": (weight(lambda m, g, x, s: s[:, None] * x), r"shape \[8, 3\]"),
     "missing": (lambda m, g, x, s: {"bias": g["bias"]}, "missing: .*'bias'"),
     "unknown": (lambda m, g, x, s: g | {"slope": g["bias"]}, "unknown name: .*'weight', 'bias'"),
+    "one entry": (weight(lambda m, g, x, s: g + torch.eye(3)[1].to(g)), r"worst entry \[1\] is"),
     "stale": (stale, "stale: a second call"),
     "constant": (weight(lambda m, g, x, s: x.sum(0)), "stale: the same at other weights"),
     "nan": (weight(lambda m, g, x, s: g / 0), "explicit (inf|-inf|nan), autograd"),
     "raises": (weight(lambda m, g, x, s: x @ s[:, None, None, None]), "gradients raised Runt"),
+    "no dict": (lambda m, g, x, s: (1, 2), "gradients raised TypeError: a tuple instead"),
+    "no tensor": (weight(lambda m, g, x, s: 0.5), "a float where a tensor"),
     "bias doubled": (bias(lambda s: 2 * s.mean()), "bias: 2 times"),
     "bias negated": (bias(lambda s: -s.mean()), "bias: -1 times"),
     "bias zeroed": (bias(lambda s: 0 * s.mean()), "bias: it is zero"),
@@ -225,7 +233,9 @@ class Cut(Linear):
 
 
 def test_a_loss_cut_off_the_graph_is_noticed():
-    assert "cut off the graph" in check_gradients(Cut(), *batch(7)).lines()[-1]
+    right = weight(lambda m, g, x, s: g + 2 * m.weight)
+    assert "explicit is right" in check_gradients(Cut(right), *batch(7)).lines()[-1]
+    assert "explicit is wrong too" in check_gradients(Cut(), *batch(7)).lines()[-1]
 
 
 @pytest.mark.parametrize("wrong", ["gradients", "loss_and_gradients"])
@@ -273,7 +283,7 @@ REDUCTIONS = {
     "sum": (lambda g, local: 4 * g, "4 times too large: summed"),
     "divided twice": (lambda g, local: g / 4, "4 times too small"),
     "not reduced": (lambda g, local: local, "the reduction is missing"),
-    "mean of means": (lambda g, local: g + local / 3, "worst entry ["),
+    "mean of means": (lambda g, local: g + local / 3, "no factor fits"),
     "nan": (lambda g, local: g * torch.nan, "p.grad is missing or nan"),
 }
 
@@ -300,12 +310,11 @@ FITS = {  # settings of the model, settings of the data
     "explicit": ({}, {}),
     "autograd": ({"gradient": "autograd"}, {}),
     "clipped": ({"gradient_clip_val": 0.1}, {}),
-    "by value": (
-        {"gradient": "autograd", "gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
-        {},
-    ),
+    "by value": ({"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}, {}),
+    "clipped by autograd": ({"gradient": "autograd", "gradient_clip_val": 0.1}, {}),
     "frozen bias": ({"bias": False}, {}),
     "moments": ({}, {"moments": True, "updates_per_step": 10}),
+    "mini-batches": ({}, {"batch_size": 4, "updates_per_step": 7}),
     "accumulated": ({"accumulate_grad_batches": 3}, {"batch_size": 4}),
     "several": ({"accumulate_grad_batches": 2}, {"batch_size": 4, "updates_per_step": 4}),
 }

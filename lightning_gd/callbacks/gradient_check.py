@@ -1,5 +1,7 @@
 """Checks, during the fit, the formula and the gradient that the optimizer gets."""
 
+from __future__ import annotations
+
 import warnings
 from itertools import chain, islice
 from typing import Any, Literal
@@ -13,11 +15,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_gd.batch import DataBatch, Updates, as_batch, batches_of, is_current, tensors
+from lightning_gd.batch import DataBatch, Updates, batches_of, call, is_current, tensors
 from lightning_gd.data.tensors import tensor_data
-from lightning_gd.distributed import RowMean, reduce_sum
+from lightning_gd.distributed import reduce_sum
 from lightning_gd.gradcheck import GradientError, GradientReport, check_gradients, check_reduced
-from lightning_gd.gradcheck.bench import autograd
 from lightning_gd.gradcheck.diagnosis import largest
 from lightning_gd.leastsquares import LeastSquares
 from lightning_gd.module import GradientDescentModule
@@ -34,10 +35,9 @@ class GradientCheck(Callback):
     These are the updates 0, 1, 10, 100, every `every_n_updates`, and the last one of `max_steps`.
     In explicit mode `check_gradients` compares the formula with autograd on a few random rows.
     In both modes `p.grad` is compared with autograd on the rows of all processes, which shows a
-    missing reduction; moments stand for these rows after the first check. The largest relative
-    error is logged as `gradcheck/<parameter>`. Nothing in the run changes. Where nothing can be
-    checked, a warning says so: for a module that is not a GradientDescentModule, and with the
-    Trainer's `accumulate_grad_batches`.
+    missing reduction. The largest relative error is logged as `gradcheck/<parameter>`. Nothing
+    in the run changes. Where nothing can be checked, a warning says so: for a module that is not
+    a GradientDescentModule, and with the Trainer's `accumulate_grad_batches`.
 
     Args:
         every_n_updates: Updates from one check to the next.
@@ -46,7 +46,7 @@ class GradientCheck(Callback):
 
     Attributes:
         checks: Number of checks in this fit.
-        tested: Whether one of them found the gradient of a parameter above rounding, by name.
+        tested: How many of them found the gradient of each parameter above rounding.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -63,41 +63,48 @@ class GradientCheck(Callback):
         whole_number("rows", rows, 1)
         one_of("on_error", on_error, ("stop", "warn"))
         self.every_n_updates, self.rows, self.on_error = every_n_updates, rows, on_error
-        self.checks, self.tested = 0, dict[str, bool]()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.checks = 0
+        self.tested: dict[str, int] = {}
+        self._first = -1  # the update that the first batch of the steps belongs to
+        self._steps: list[Updates] = []
+        self._skipped = ""  # why nothing is checked
 
     def summary(self) -> str:
         """Return one line on the whole fit: how many checks, and what they could not test."""
-        missed = [name for name, tested in self.tested.items() if not tested]
+        missed = [name for name, times in self.tested.items() if not times]
         tested = f"not tested: {', '.join(missed)}" if missed else "all parameters tested"
         checks = "1 check" if self.checks == 1 else f"{self.checks} checks"
         return f"{checks}, {tested}" if self.checks else "nothing was checked"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.checks, self.tested = 0, {}
-        self._first, self._skipped = -1, ""
+        """Count from 0 in each fit."""
+        self._begin()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Keep the batches of the next updates, and the random state before the first."""
         reason = _reason_to_skip(trainer, pl_module)
         if reason and not self._skipped:
             warnings.warn(f"GradientCheck checks nothing: {reason}", stacklevel=2)
         self._skipped = reason
         if trainer.global_step != self._first:  # else they are accumulated over several steps
-            self._first, self._steps = trainer.global_step, list[Updates]()
-            self._keep_random_state(trainer, trainer.global_step)
+            self._first, self._steps = trainer.global_step, []
+            if self._is_due(trainer, trainer.global_step):
+                self._random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         self._steps.append(batches_of(batch))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
+        """Check the gradient of this update before the weights change."""
         if self._is_due(trainer, trainer.global_step):
             with isolate_rng():
                 self._check(trainer, pl_module)
-        self._keep_random_state(trainer, trainer.global_step + 1)
-
-    def _keep_random_state(self, trainer: Trainer, step: int) -> None:
-        if self._is_due(trainer, step):
+        if self._is_due(trainer, trainer.global_step + 1):
             self._random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
 
     def _is_due(self, trainer: Trainer, step: int) -> bool:
@@ -105,35 +112,23 @@ class GradientCheck(Callback):
         return due and not self._skipped
 
     def _check(self, trainer: Trainer, module: Any) -> None:
-        batches = self._batches(trainer, module)
-        contents = [self._content(trainer, module, batch) for batch in batches]
-        formula = self._formula(module, contents, trainer.global_step)
-        squares = None
-        if any(isinstance(batch, MomentsBatch) for batch in batches):
-            squares = LeastSquares.of(trainer, module)
-        reduced = self._reduced(trainer, module, contents, squares.term_size() if squares else 0.0)
-        self._stop_if_wrong(trainer, module, reduced if formula.ok else formula)
+        step, every = trainer.global_step, module.batches_per_update
+        at = (step - self._first) * every
+        end = at + every if len(self._steps[-1]) > 1 else None
+        batches = list(islice(chain.from_iterable(self._steps), at, end))
+        contents = [_content(trainer, module, batch) for batch in batches]
+        moments = any(isinstance(batch, MomentsBatch) for batch in batches)
+        formula = self._formula(module, contents, step)
+        self._stop_if_wrong(trainer, module, formula)
+        reduced = self._reduced(trainer, module, contents, moments)
+        self._stop_if_wrong(trainer, module, reduced)
         self.checks += 1
         for p in reduced.parameters:
             both = [p, *(other for other in formula.parameters if other.name == p.name)]
-            error = max(found.error / (found.size or 1.0) for found in both)
-            module.curves.record(trainer.global_step, {f"gradcheck/{p.name}": error})
+            error = max(found.relative_error for found in both)
+            module.curves.record(step, {f"gradcheck/{p.name}": error})
             tested = any(found.tested for found in both)
-            self.tested[p.name] = self.tested.get(p.name, False) or tested
-
-    def _batches(self, trainer: Trainer, module: Any) -> list[Any]:
-        """Return the batches of this update."""
-        every = module.batches_per_update
-        at = (trainer.global_step - self._first) * every
-        end = at + every if len(self._steps[-1]) > 1 else None
-        return list(islice(chain.from_iterable(self._steps), at, end))
-
-    def _content(self, trainer: Trainer, module: Any, batch: Any) -> Any:
-        """Return the content of a batch; the first time, the rows that moments stand for."""
-        data = tensor_data(trainer)
-        if data is not None and isinstance(batch, MomentsBatch) and not self.checks:
-            return move_data_to_device(data.local("train"), module.device)
-        return batch.content if isinstance(batch, DataBatch) else batch
+            self.tested[p.name] = self.tested.get(p.name, 0) + tested
 
     def _formula(self, module: Any, contents: list[Any], step: int) -> GradientReport:
         """Check the formula on random rows; nothing on a process without rows."""
@@ -144,33 +139,30 @@ class GradientCheck(Callback):
         return check_gradients(module, _pick(content, drawn[: self.rows]), seed=step)
 
     def _reduced(
-        self, trainer: Trainer, module: Any, contents: list[Any], term_size: float
+        self, trainer: Trainer, module: Any, contents: list[Any], moments: bool
     ) -> GradientReport:
         """Check p.grad against autograd on the rows of all processes."""
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         torch.set_rng_state(self._random[0])
         torch.cuda.set_rng_state_all(self._random[1])
-        local, scale = _local(module, list(trained.values()), contents)
-        mean = RowMean()
-        for gradients, rows in local:
-            mean.add([*gradients, gradients[0].new_tensor(scale)], rows)
-        (*means, scales), total = mean.reduce()
+        sums, rows, scale = _local_sums(module, list(trained.values()), contents)
+        flat = torch.cat([*map(torch.flatten, sums), sums[0].new_tensor([*scale, rows, rows > 0])])
+        sizes = [*(s.numel() for s in sums), len(scale), 1, 1]
+        *pieces, scales, total, processes = reduce_sum(flat).split(sizes)
+        means = [(piece / total).view_as(s) for piece, s in zip(pieces, sums, strict=True)]
+        squares = LeastSquares.of(trainer, module) if moments else None
+        scales = (scales / processes).clamp(min=squares.term_size() if squares else 0.0)
         if not module.automatic_optimization:  # p.grad is already clipped
             _clip(module, means)
         mixed = trainer.precision == "bf16-mixed" and module.automatic_optimization
-        n = sum(rows for _, rows in local) or 1.0
-        own = {
-            name: torch.stack([rows / n * gradients[i] for gradients, rows in local]).sum(0)
-            for i, name in enumerate(trained)
-        }
         return check_reduced(
             dict(zip(trained, means, strict=True)),
             {name: p.grad for name, p in trained.items() if p.grad is not None},
             trainer.world_size,
-            torch.bfloat16 if mixed else scales.dtype,
+            torch.bfloat16 if mixed else flat.dtype,
             max(float(total), sum(map(_count, contents))),
-            scale=dict(zip(trained, scales.clamp(min=term_size).tolist(), strict=True)),
-            local=own,
+            scale=dict(zip(trained, scales.tolist(), strict=True)),
+            local={n: s / rows for n, s in zip(trained, sums, strict=True)} if rows else None,
         )
 
     def _stop_if_wrong(self, trainer: Trainer, module: Any, report: GradientReport) -> None:
@@ -193,8 +185,16 @@ def _reason_to_skip(trainer: Trainer, module: LightningModule) -> str:
     return ""
 
 
+def _content(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """Return the content of a batch; for moments the local rows that they stand for."""
+    data = tensor_data(trainer)
+    if data is not None and isinstance(batch, MomentsBatch):
+        return move_data_to_device(data.local("train"), module.device)
+    return batch.content if isinstance(batch, DataBatch) else batch
+
+
 def _count(content: Any) -> int:
-    return len(next(tensors(content), ()))
+    return len(next(tensors(content)))
 
 
 def _pick(content: Any, rows: Tensor | slice) -> Any:
@@ -203,38 +203,43 @@ def _pick(content: Any, rows: Tensor | slice) -> Any:
     return apply_to_collection(content, Tensor, lambda t: t[rows] if t.shape[:1] == (count,) else t)
 
 
-def _local(
+def _local_sums(
     module: Any, trained: list[Parameter], contents: list[Any]
-) -> tuple[list[tuple[list[Tensor], float]], list[float]]:
-    """Return gradients by autograd and rows of each batch, and the size of the summed terms."""
+) -> tuple[list[Tensor], float, list[float]]:
+    """Return Σ n·gradient by autograd over the local rows, Σ n, and the size of the terms."""
+    sums, total = [torch.zeros_like(p) for p in trained], 0.0
+    terms: list[tuple[Tensor, ...]] = [tuple(sums)]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    local = [_autograd(module, trained, content) for content in contents]
-    terms = [gradients for gradients, _ in local]
-    for content in contents:
+    filled = [content for content in contents if module.rows(content)]
+    for content in filled:
+        terms.append(_autograd(module, trained, content))
+        total += module.rows(content)
+        sums = [s + module.rows(content) * g for s, g in zip(sums, terms[-1], strict=True)]
+    for content in filled:
         count = _count(content)
         size = max(2, -(-count // PARTS))
-        for at in range(0, count - 1, size):  # a single row at the end is left out
-            terms.append(_autograd(module, trained, _pick(content, slice(at, at + size)))[0])
+        for at in range(0, max(1, count - 1), size):  # a single row at the end is left out
+            part = _pick(content, slice(at, at + size))
+            terms.append(_autograd(module, trained, part))
     with torch.no_grad():
         for buffer, value in buffers:
             buffer.copy_(value)
-    return local, [max(map(largest, column)) for column in zip(*terms, strict=True)]
+    return sums, total, [max(map(largest, column)) for column in zip(*terms, strict=True)]
 
 
-def _autograd(module: Any, trained: list[Parameter], content: Any) -> tuple[list[Tensor], float]:
-    batch = as_batch(content)
-    rows = batch.rows(module)
-    if not rows:
-        return list(map(torch.zeros_like, trained)), 0
+def _autograd(module: Any, trained: list[Parameter], content: Any) -> tuple[Tensor, ...]:
     # Unless one forward pass serves both, `gradients` draws random numbers after those of `loss`.
     fused = module.automatic_optimization or is_current(type(module), "loss_and_gradients")
     with torch.enable_grad(), torch.autocast(module.device.type, enabled=False):
-        loss = batch.loss(module)
-        return list(autograd(loss if fused else batch.loss(module), trained)), rows
+        loss = call(module.loss, content)
+        loss = loss if fused else call(module.loss, content)
+        if not loss.requires_grad:  # cut off the graph
+            return tuple(map(torch.zeros_like, trained))
+        return torch.autograd.grad(loss, trained, materialize_grads=True)
 
 
 def _clip(module: GradientDescentModule, gradients: list[Tensor]) -> None:
-    holders = [Parameter(gradient) for gradient in gradients]
-    for holder in holders:
-        holder.grad = holder.detach()  # the same memory
+    holders = [Parameter(torch.empty_like(gradient)) for gradient in gradients]
+    for holder, gradient in zip(holders, gradients, strict=True):
+        holder.grad = gradient
     module.clip(holders)

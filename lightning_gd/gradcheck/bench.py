@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +32,9 @@ class Bench:
     def __init__(self, model: nn.Module, batch: Any, seed: int) -> None:
         self.model: Any = copy.deepcopy(model).to("cpu", torch.float64)
         self.batch = apply_to_collection(batch, Tensor, double)
-        self.trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        self.start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
+        self.trained = [name for name, p in self.parameters.items() if p.requires_grad]
+        self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.called = ""  # the method called last
         self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self._seed, self._random = seed, torch.Generator().manual_seed(seed)
@@ -41,20 +42,27 @@ class Bench:
 
     def measure(self, weights: Weights, batch: Any, method: str) -> Point:
         """Return the loss, its gradient by autograd, and the explicit one of a method."""
-        loss = self._call("loss", weights, batch)
-        found = autograd(loss, list(self.model.parameters()))
+        self.place(weights)
+        loss, leaves = self._call("loss", batch), list(self.parameters.values())
+        found = [torch.zeros_like(p) for p in leaves]
+        if loss.requires_grad:  # not cut off the graph
+            found = torch.autograd.grad(loss, leaves, materialize_grads=True)
         if not loss.isfinite():
             raise ValueError(f"it is {loss.item()} on this batch")
         with torch.no_grad():
-            result = self._call(method, weights, batch)
-        explicit = dict(result[1] if method == "loss_and_gradients" else result)
-        copies = apply_to_collection(explicit, Tensor, lambda g: g.detach().clone())
-        return Point(weights, batch, loss.item(), dict(zip(weights, found, strict=True)), copies)
+            result = self._call(method, batch)
+        explicit = result[1] if method == "loss_and_gradients" else result
+        if not isinstance(explicit, Mapping):
+            raise TypeError(f"a {type(explicit).__name__} instead of a dict by parameter name")
+        autograd = dict(zip(self.parameters, found, strict=True))
+        copies = apply_to_collection(dict(explicit), Tensor, lambda g: g.detach().clone())
+        return Point(weights, batch, loss.item(), autograd, copies)
 
     @torch.no_grad()
     def loss(self, weights: Weights, batch: Any) -> float:
-        """Return the loss at any weights."""
-        return float(self._call("loss", weights, batch))
+        """Return the loss after some of the weights were changed."""
+        self.place(weights)
+        return float(self._call("loss", batch))
 
     def moved(self) -> Weights:
         """Return the weights after a random step that changes the loss by half of its size.
@@ -63,37 +71,36 @@ class Bench:
         step they do not. The size of the loss is that at the given weights or at zero, whichever
         is larger: predictions then move by the scale of the targets, and cross kinks.
         """
-        way = {name: self.random(self.start[name]) for name in self.trained}
-        zero = {name: torch.zeros_like(self.start[name]) for name in self.trained}
-        loss, moved = self.loss(self.start, self.batch), self.start
-        wanted = max(abs(loss), abs(self.loss(self.start | zero, self.batch))) / 2 or 1.0
+        given = {name: self.start[name] for name in self.trained}
+        way = {name: self.random(value) for name, value in given.items()}
+        zero = abs(self.loss({n: torch.zeros_like(v) for n, v in given.items()}, self.batch))
+        loss, moved = self.loss(given, self.batch), given
+        wanted = max(abs(loss), zero if math.isfinite(zero) else 0.0) / 2 or 1.0
         for length in LENGTHS:
-            step = {name: self.start[name] + length * way[name] for name in self.trained}
-            change = abs(self.loss(self.start | step, self.batch) - loss)
-            moved = self.start | step if math.isfinite(change) else moved
+            weights = {name: v + length * way[name] for name, v in given.items()}
+            change = abs(self.loss(weights, self.batch) - loss)
+            moved = weights if math.isfinite(change) else moved
             if not change < wanted:
                 break
-        return moved
+        return {**self.start, **moved}
 
     def random(self, like: Tensor) -> Tensor:
         """Return normal random numbers in the shape of a parameter."""
         return torch.randn(like.shape, generator=self._random).to(like)
 
-    def _call(self, method: str, weights: Weights, batch: Any) -> Any:
+    @torch.no_grad()
+    def place(self, weights: Weights) -> None:
+        """Set parameters of the copy."""
+        for name, value in weights.items():
+            self.parameters[name].copy_(value)
+
+    def _call(self, method: str, batch: Any) -> Any:
         self.called = method
         torch.default_generator.manual_seed(self._seed)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name])
-            for buffer, value in self._buffers:
-                buffer.detach().copy_(value)
-        return call(getattr(self.model, method), apply_to_collection(batch, Tensor, torch.clone))
-
-
-def autograd(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the gradient of a loss, zeros for what is cut off its graph."""
-    anchored = loss + torch.zeros_like(loss).requires_grad_()
-    return torch.autograd.grad(anchored, parameters, materialize_grads=True)
+        for buffer, value in self._buffers:
+            buffer.detach().copy_(value)
+        batch = apply_to_collection(batch, Tensor, torch.clone)
+        return call(getattr(self.model, method), batch)
 
 
 def double(values: Tensor) -> Tensor:

@@ -87,17 +87,17 @@ def check_reduced(
             `expected`, which is too strict close to the optimum.
         local: Gradient of the local rows: names a missing reduction.
     """
-    scale = scale or dict.fromkeys(expected, max(map(largest, expected.values()), default=0.0))
+    largest_of_all = max((largest(g) for g in expected.values()), default=0.0)
     reports = []
     for name, gradient in expected.items():
         noise = SAFETY * torch.finfo(dtype).eps * math.sqrt(rows + gradient.numel())
-        bound = noise * scale[name]
+        bound = noise * (scale[name] if scale else largest_of_all)
         right, found = double(gradient), double(actual.get(name, gradient * math.nan))
-        error, words = largest(found - right), None
+        error, size, words = largest(found - right), largest(right), None
         if not error <= bound:  # also nan
             own = double(local[name]) if local else None
             words = name_reduction(right, found, own, world_size, bound)
-        reports.append(ParameterReport(name, error, largest(right), bound, words))
+        reports.append(ParameterReport(name, error, size, bound, words))
     return GradientReport(tuple(reports))
 
 
@@ -122,17 +122,16 @@ class _Measured:
         self.loss = max(change, *(abs(point.loss) for point in self.points))
         widest = max((size for value in bench.start.values() for size in value.shape), default=1)
         numbers = sum(t.numel() for t in tensors(once)) // self.rows
-        self.rounding = SAFETY * torch.finfo(torch.float64).eps * (self.rows + numbers + widest)
+        terms = self.rows + numbers + widest
+        self.rounding = SAFETY * torch.finfo(torch.float64).eps * terms
 
     def report(self) -> GradientReport:
-        known, names = self.bench.start, [*self.bench.trained, *self.given.explicit]
+        """Return the verdict on each parameter."""
+        known, returned = self.bench.start, self.given.explicit
+        names = [n for n in known if n in returned or n in self.bench.trained]
         words = f"unknown name: named_parameters() are {list(known)}"
-        return GradientReport(
-            tuple(
-                _Parameter(self, n).report() if n in known else ParameterReport(n, diagnosis=words)
-                for n in dict.fromkeys(names)
-            )
-        )
+        unknown = [ParameterReport(n, diagnosis=words) for n in returned if n not in known]
+        return GradientReport((*(_Parameter(self, name).report() for name in names), *unknown))
 
 
 class _Parameter:
@@ -152,31 +151,36 @@ class _Parameter:
             self.length = min(self.length, measured.loss / self.scale)
 
     def report(self) -> ParameterReport:
+        """Return the verdict."""
         for point in self.points:
             if words := malformed(self.name, point.explicit, point.autograd[self.name]):
                 return ParameterReport(self.name, diagnosis=words)
-        errors, sizes, diagnoses = zip(*map(self._compare, self.points), strict=True)
-        words = next(filter(None, diagnoses), None)
+        found = [self._compare(point) for point in self.points]
+        words = next((words for *_, words in found if words), None)
         again, moved = self.all.again.get(self.name), self.all.moved.explicit[self.name]
         same = isinstance(again, Tensor) and alike(again, moved, 2 * self.noise)
         if not same and moved.isfinite().all():
             words = STALE
-        return ParameterReport(self.name, max(errors), max(sizes), self.noise, words)
+        error, size = max(error for error, *_ in found), max(size for _, size, _ in found)
+        return ParameterReport(self.name, error, size, self.noise, words)
 
     def _compare(self, point: Point) -> tuple[float, float, str | None]:
         """Return the error, the gradient's size and the mistake; zeros where it is undefined."""
-        pairs = [(p.explicit[self.name], p.autograd[self.name]) for p in (*self.points, point)]
-        explicit, truth = pairs[-1]
-        error, size = largest(explicit - truth), largest(truth)
+        explicit, truth = point.explicit[self.name], point.autograd[self.name]
+        difference, size = explicit - truth, largest(truth)
+        error = largest(difference)
         wrong = not error <= self.noise  # also nan
-        way = explicit - truth if wrong else self.all.bench.random(truth)
+        way = difference if wrong else self.all.bench.random(truth)
+        holds = wrong and all(self._fits(point, explicit, way))
         if not any(self._fits(point, truth, way)):
-            return error, size, CUT
-        kink = wrong and KINK * self.scale < error < math.inf
-        if not math.isfinite(size) or (kink and all(self._fits(point, explicit, way))):
+            return error, size, f"{CUT}; explicit is {'right' if holds else 'wrong too'}"
+        kink = holds and KINK * self.scale < error < math.inf
+        if kink or not math.isfinite(size):
             return 0.0, 0.0, None
-        words = name_mistake(pairs, self.all.rows, self.noise) if wrong else None
-        return error, size, words
+        if not wrong:
+            return error, size, None
+        pairs = [(p.explicit[self.name], p.autograd[self.name]) for p in self.points]
+        return error, size, name_mistake(pairs, (explicit, truth), self.all.rows, self.noise)
 
     def _fits(self, point: Point, gradient: Tensor, way: Tensor) -> Iterator[bool]:
         """Tell for each step whether a gradient fits the one-sided slopes along a direction.
@@ -184,15 +188,16 @@ class _Parameter:
         It must lie between them, up to their difference: h f″ for a smooth loss f, which is more
         than the error of their mean, and the whole jump at a kink.
         """
-        way, slope = way / way.norm(), float((gradient * way).sum() / way.norm())
+        bench, start, way = self.all.bench, point.weights[self.name], way / way.norm()
+        bench.place(point.weights)
         for h in (step * self.length for step in STEPS):
-            weights = [
-                point.weights | {self.name: point.weights[self.name] + t * way} for t in (-h, h)
-            ]
-            low, high = (self.all.bench.loss(w, point.batch) for w in weights)
+            left, right = (
+                (bench.loss({self.name: start + t * way}, point.batch) - point.loss) / t
+                for t in (-h, h)
+            )
             rounding = self.noise + 4 * self.all.rounding * (self.all.loss / h + self.scale)
-            left, right = (point.loss - low) / h, (high - point.loss) / h
-            yield not abs(slope - (left + right) / 2) > abs(right - left) + rounding
+            error = abs(float((gradient * way).sum()) - (left + right) / 2)
+            yield not error > abs(right - left) + rounding
 
 
 def _repeated(values: Tensor, rows: int) -> Tensor:

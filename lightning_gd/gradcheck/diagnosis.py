@@ -19,30 +19,59 @@ Pair = tuple[Tensor, Tensor]  # explicit, autograd
 
 def malformed(name: str, explicit: Mapping[str, Any], truth: Tensor) -> str | None:
     """Say what is wrong with the name, type or shape of a gradient."""
-    value = explicit.get(name)
+    if name not in explicit:
+        return f"missing: gradients returned only {list(explicit)}"
+    value = explicit[name]
     if not isinstance(value, Tensor):
-        return f"missing: no tensor of this name among {list(explicit)}"
+        return f"a {type(value).__name__} where a tensor is wanted"
     if value.shape == truth.shape:
         return None
     shapes = f"shape {list(value.shape)} where {list(truth.shape)} is wanted"
     return f"transposed: {shapes}" if value.ndim == 2 and alike(value.T, truth) else shapes
 
 
-def name_mistake(pairs: Sequence[Pair], n: int, noise: float) -> str:
+def name_mistake(pairs: Sequence[Pair], wrong: Pair, rows: int, noise: float) -> str:
     """Name the mistake behind wrong numbers.
 
-    The pairs are the gradients at the given weights, after a random step, there with each of the N
-    rows given twice, and the ones among them that were found to differ.
+    `pairs` are the gradients at the given weights, after a random step, and there with each of
+    the N rows given twice; `wrong` is the pair among them that was found to differ.
     """
-    given, moved, twice, wrong = pairs
-    k, at_twice = ratio(*moved, noise), ratio(*twice, noise)
-    if k is not None and at_twice is not None and (words := _name_factor(k, at_twice, n)):
+    (given, _), (moved, truth), twice = pairs
+    if words := _name_factor(ratio(moved, truth, noise), ratio(*twice, noise), rows):
         return words
-    if largest(given[0]) > noise and alike(given[0], moved[0]):
+    if largest(given) > noise and alike(given, moved):
         return "stale: the same at other weights"
-    if moved[1].ndim == 2 and alike(moved[0].T, moved[1], noise):
+    if truth.ndim == 2 and alike(moved.T, truth, noise):
         return "transposed"
-    return _worst_entry("explicit", *wrong)
+    return worst_entry("explicit", *wrong)
+
+
+def worst_entry(name: str, actual: Tensor, expected: Tensor) -> str:
+    """Return the entry that differs most, with both numbers."""
+    k = int((actual - expected).abs().argmax())
+    index = [int(i) for i in torch.unravel_index(torch.tensor(k), expected.shape)]
+    values = f"{name} {actual.flatten()[k]:.6g}, autograd {expected.flatten()[k]:.6g}"
+    return f"no usual mistake fits; the worst entry {index} is {values}"
+
+
+def _name_factor(once: float | None, twice: float | None, n: int) -> str | None:
+    """Name a factor that is `once` on N rows and `twice` on 2N; None for 1 and no known law."""
+    if once is None or twice is None:
+        return None
+    words, size = [f"{once:.6g} times the gradient of loss"], abs(once)
+    if max(size, abs(twice)) <= ALIKE:
+        return "it is zero, the term is left out"
+    if math.isclose(twice, 2 * once, rel_tol=ALIKE):
+        words.append(f"the sum over the rows instead of the mean (N = {n})")
+        size /= n
+    elif not math.isclose(twice, once, rel_tol=ALIKE):
+        return None
+    if not math.isclose(size, 1, rel_tol=ALIKE):
+        known = {"2": "a factor 2 too much", "0.5": "a factor 2 is missing (½)"}
+        words.append(known.get(f"{size:.6g}", f"a factor {size:.6g}"))
+    if once < 0:
+        words.append("the sign is wrong")
+    return ", ".join(words) if len(words) > 1 else None
 
 
 def name_reduction(
@@ -51,40 +80,25 @@ def name_reduction(
     """Name the mistake in a gradient that was reduced over `world_size` processes."""
     if actual.isnan().any():
         return "p.grad is missing or nan"
-    if world_size > 1 and local is not None and alike(actual, local, noise):
-        return "the reduction is missing: this is the gradient of this process's own rows"
     k = ratio(actual, expected, noise)
+    if world_size == 1:
+        return worst_entry("p.grad", actual, expected) if k is None else f"a factor {k:.6g}"
+    if local is not None and alike(actual, local, noise):
+        return "the reduction is missing: this is the gradient of this process's own rows"
     if k is None:
-        return _worst_entry("p.grad", actual, expected)
-    if world_size > 1 and math.isclose(k, world_size, rel_tol=1e-3):
+        return "no factor fits: the reduction is missing, or weights uneven processes alike"
+    if abs(k - world_size) <= 1e-3 * world_size:
         return f"{world_size} times too large: summed over the processes instead of averaged"
-    if world_size > 1 and math.isclose(k * world_size, 1, rel_tol=1e-3):
+    if abs(k * world_size - 1) <= 1e-3:
         return f"{world_size} times too small: divided by the number of processes twice"
     return f"a factor {k:.6g}"
 
 
-def _name_factor(k: float, at_twice: float, n: int) -> str | None:
-    """Name a factor that is k on N rows and `at_twice` on 2N."""
-    if max(abs(k), abs(at_twice)) <= ALIKE:
-        return "it is zero, the term is left out"
-    words = f"{k:.6g} times the gradient of loss" + ", the sign is wrong" * (k < 0)
-    if math.isclose(at_twice, 2 * k, rel_tol=ALIKE):
-        return f"{words}, the sum over the rows instead of the mean (N = {n})"
-    constant = math.isclose(at_twice, k, rel_tol=ALIKE)
-    return words if constant and not math.isclose(k, 1, rel_tol=ALIKE) else None
-
-
-def _worst_entry(name: str, actual: Tensor, expected: Tensor) -> str:
-    k = (actual - expected).abs().argmax()
-    index = [int(i) for i in torch.unravel_index(k, expected.shape)]
-    values = f"{name} {actual.flatten()[k]:.6g}, autograd {expected.flatten()[k]:.6g}"
-    return f"no usual mistake fits; the worst entry {index} is {values}"
-
-
 def alike(actual: Tensor, expected: Tensor, noise: float = 0.0) -> bool:
     """Tell whether two tensors agree in shape and up to noise and a relative 1e-6."""
-    same = actual.shape == expected.shape
-    return same and largest(actual - expected) <= noise + ALIKE * largest(expected)
+    if actual.shape != expected.shape:
+        return False
+    return largest(actual - expected) <= noise + ALIKE * largest(expected)
 
 
 def ratio(actual: Tensor, expected: Tensor, noise: float) -> float | None:

@@ -28,6 +28,7 @@ class ParameterReport:
 
     @property
     def ok(self) -> bool:
+        """Whether no mistake was found."""
         return self.diagnosis is None
 
     @property
@@ -41,6 +42,7 @@ class ParameterReport:
         return self.error / self.size if self.size else self.error
 
     def __str__(self) -> str:
+        """Return one line: verdict, error, bound."""
         verdict = "WRONG" if not self.ok else "ok" if self.tested else "not tested, it vanishes"
         return f"{self.name}: {verdict}, error {self.error:.2g} (bound {self.bound:.2g})"
 
@@ -53,6 +55,7 @@ class GradientReport:
 
     @property
     def ok(self) -> bool:
+        """Whether no mistake was found in any gradient."""
         return all(p.ok for p in self.parameters)
 
     def lines(self) -> list[str]:
