@@ -45,6 +45,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"checkpoint {path} is refused: it has format {ours.get('format')} of {OURS} "
             f"{ours.get('version')}, and this is {OURS} {version(OURS)}, which reads {FORMAT}"
         )
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        settings_of(checkpoint, key)
     return checkpoint
 
 

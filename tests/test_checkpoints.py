@@ -429,7 +429,7 @@ def test_what_is_typed_wins_and_is_named(root, name):
 
 CHANGES = {
     "class": (["--model", "RidgeRegression"], f"LinearRegression, the model is {RIDGE}"),
-    "shape": (["--model.num_features", "2"], r"'weight' is \[1\] in the checkpoint, \[2\] in"),
+    "shape": (["--model.num_features", "2"], "num_features=2 does not fit the data"),
     "optimizer": (
         ["--model.optimizer", "Adam"],
         "model.optimizer 'Adam' instead of 'SGD' of the checkpoint: its state would be lost",
