@@ -108,11 +108,12 @@ class RunHooks(Callback):
 
     def _end(self, trainer: Trainer, module: EvaluatedModule, part: str) -> None:
         values = {f"{part}/{name}": value for name, value in module.end_evaluation().items()}
+        if trainer.state.fn != "fit":  # Lightning takes `step` as the x axis of the logger
+            module.log_dict({**values, "step": float(trainer.global_step)}, sync_dist=True)
+            return
         module.log_dict(values, logger=False, sync_dist=True)
-        if not trainer.sanity_checking:  # on the x axis of the other curves
+        if not trainer.sanity_checking:
             module.curves.record(trainer.global_step, dict(values))
-        if trainer.state.fn != "fit":
-            module.curves.write(trainer)
 
     def _check(self, kind: str, module: EvaluatedModule, content: Any) -> None:
         if kind in self._unchecked:
