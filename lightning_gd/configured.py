@@ -92,7 +92,10 @@ class ConfiguredModule(EvaluatedModule):
         """Clip the gradients as the settings say; return their norm before, shape []."""
         norm, limit = gradient_norm(parameters), self.hparams["gradient_clip_val"]
         if limit is not None and self.hparams["gradient_clip_algorithm"] == "norm":
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch does, in fewer calls
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
         elif limit is not None:
             torch.nn.utils.clip_grad_value_(parameters, limit)
         return norm

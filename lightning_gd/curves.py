@@ -12,6 +12,7 @@ BUFFERED = 512  # points kept before they are written
 DENSE = 17  # bits: below 2¹⁷ updates every point is written, then every 2nd, 4th, …
 KEPT = 4_000  # points of a curve kept in `history`
 
+Value = Tensor | float | list[Tensor]  # of a list the norm is written
 Points = list[tuple[int, dict[str, float]]]
 
 
@@ -27,16 +28,15 @@ class Curves:
 
     def __init__(self) -> None:
         self.history: dict[str, tuple[list[int], list[float]]] = {}
-        self._buffer: dict[tuple[str, bool], list[tuple[int, Tensor | float]]] = {}
+        self._buffer: dict[tuple[str, bool], list[tuple[int, Value]]] = {}
 
-    def record(
-        self, step: int, values: Mapping[str, Tensor | float], *, local: bool = False
-    ) -> None:
+    def record(self, step: int, values: Mapping[str, Value], *, local: bool = False) -> None:
         """Keep one point per curve.
 
         Args:
             step: Number of updates made so far.
-            values: The value of each curve, by tag; a tensor stays on its device.
+            values: The value of each curve, by tag; a tensor stays on its device. Of a list of
+                tensors, such as a gradient, the Euclidean norm is computed when it is written.
             local: The values are this process's part; written are the sums over all processes.
                 All processes must then record the same points.
         """
@@ -78,10 +78,21 @@ class Curves:
             del steps[1::2], values[1::2]
 
 
-def _numbers(column: list[Tensor | float], local: bool) -> list[float]:
-    tensors = [value for value in column if isinstance(value, Tensor)]
+def _numbers(column: list[Value], local: bool) -> list[float]:
+    """Return the values of a curve with one transfer from the device."""
+    lists = [value for value in column if isinstance(value, list)]
+    norms = iter(_norms(lists) if lists else ())
+    values = [next(norms) if isinstance(value, list) else value for value in column]
+    tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors:
-        return column  # pyright: ignore[reportReturnType]
+        return values  # pyright: ignore[reportReturnType]
     stacked = torch.stack(tensors)
     numbers = iter((reduce_sum(stacked) if local else stacked).tolist())
-    return [next(numbers) if isinstance(value, Tensor) else value for value in column]
+    return [next(numbers) if isinstance(value, Tensor) else value for value in values]
+
+
+def _norms(lists: list[list[Tensor]]) -> Tensor:
+    """Return the Euclidean norm of each list of tensors, shape [K]."""
+    columns = (torch.stack(column) for column in zip(*lists, strict=True))
+    norms = [torch.linalg.vector_norm(c.reshape(len(lists), -1), dim=1) for c in columns]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)

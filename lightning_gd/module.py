@@ -17,6 +17,7 @@ from lightning_gd.updates import (
     step_schedulers,
 )
 
+KEPT = 2**22  # numbers of the gradients of one step, kept until its curves are written
 Gradients = dict[str, Tensor]
 
 
@@ -65,7 +66,7 @@ class GradientDescentModule(ConfiguredModule):
         self.save_hyperparameters()
         check_settings(self.hparams)
         self.automatic_optimization = gradient == "autograd"
-        self._mean = RowMean()
+        self._mean, self._keeps_gradients = RowMean(), False
 
     # 1. What a subclass defines
 
@@ -94,6 +95,8 @@ class GradientDescentModule(ConfiguredModule):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
             parameters = list(trained.values())
+            size = sum(p.numel() for p in parameters) * len(batches)
+            self._keeps_gradients = size <= KEPT and self.hparams["gradient_clip_val"] is None
             for content, due in zip(batches, self._due(len(batches), batch_idx), strict=True):
                 self._add_local_gradients(as_batch(content), trained)
                 if due:
@@ -123,7 +126,8 @@ class GradientDescentModule(ConfiguredModule):
         (loss, *gradients), rows = self._mean.reduce()
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
-        record_update(self, loss, rows, self.clip(trained))
+        # The norms of many gradients are computed together, where they need little memory.
+        record_update(self, loss, rows, gradients if self._keeps_gradients else self.clip(trained))
         optimizer.step()  # Lightning's: it counts `global_step` and calls the callbacks
         step_schedulers(self, "step")
         step_plateaus(self, "step", loss)

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_gd.batch import CountsUpdates
+from lightning_gd.curves import Value
 from lightning_gd.evaluation import EvaluatedModule
 from lightning_gd.settings import DivergenceError
 
@@ -23,12 +24,19 @@ def gradient_norm(parameters: Iterable[Parameter]) -> Tensor:
 
 
 def record_update(
-    module: EvaluatedModule, loss: Tensor, rows: Tensor | float, norm: Tensor
+    module: EvaluatedModule, loss: Tensor, rows: Tensor | float, gradient: Tensor | list[Tensor]
 ) -> None:
-    """Record the point of each curve at the update that is about to be made."""
+    """Record the point of each curve at the update that is about to be made.
+
+    Args:
+        module: The model of the run.
+        loss: The loss before the update, shape [].
+        rows: Number of rows of the update, over all processes.
+        gradient: Its norm, shape [], or all of it.
+    """
     trainer = module.trainer
     step = trainer.global_step
-    values: dict[str, Tensor | float] = {"train/loss": loss, "gradient_norm": norm}
+    values: dict[str, Value] = {"train/loss": loss, "gradient_norm": gradient}
     if step == 0 or trainer.lr_scheduler_configs:
         values["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
     module.curves.record(step, values)

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from test_modes import CLOSE, MODES, SETTINGS, RandomRows, Rows, line, normal
 
-from lightning_gd import LinearRegression
+from lightning_gd import LinearRegression, TestCurve
 from lightning_gd.settings import check_trainer
 
 FOUR = {"batch_size": 5, "num_val": 3}  # 4 batches per epoch, and validation
@@ -222,6 +222,29 @@ def test_curves_count_updates(make_trainer, tmp_path):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter -= 0.02 * gradients[name]
+
+
+class Branching(LinearRegression):
+    """A loss that looks at a number, which stacked weights do not allow."""
+
+    def loss(self, x, y):
+        return super().loss(x, y) * (1.0 if float(self.weight.detach().sum()) < 1e9 else 2.0)
+
+
+@pytest.mark.parametrize("kind", [LinearRegression, Branching])
+def test_test_losses_of_a_step_are_computed_together(make_trainer, kind):
+    """They are those of one update per step, whether the loss takes stacked weights or not."""
+    curves = {}
+    for updates in (1, 4, 100):
+        data = RandomRows(passes_per_epoch=150, updates_per_step=updates)
+        model = kind(num_features=3, lr=0.02).double()
+        make_trainer(max_steps=150, callbacks=[TestCurve()]).fit(model, datamodule=data)
+        curves[updates] = model.curves.history["test/loss"]
+    steps, losses = curves[1]
+    assert steps == list(range(150)) and losses[149] < losses[0]
+    for updates in (4, 100):  # a mean over 7 rows in float64, in another order
+        assert curves[updates][0] == steps
+        assert curves[updates][1] == pytest.approx(losses, rel=1e-13)
 
 
 def test_learning_rate_monitor_sees_every_update(make_trainer, tmp_path):

@@ -2,23 +2,30 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.func import functional_call, vmap
 from torch.optim import Optimizer
 
-from lightning_gd.batch import Batch
+from lightning_gd.batch import Batch, batches_of
 from lightning_gd.data.tables import GlobalBatches
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import whole_number
 
+TOGETHER, NUMBERS = 64, 2**19  # updates whose losses are computed together, and their weights
+
 
 class TestCurve(Callback):
     """Records `test/loss`, the loss over all test rows at the weights before an update.
 
-    It needs a GradientDescentModule and a TensorDataModule with test rows.
+    In a step of several updates the losses of up to 64 are computed together, so that the test
+    rows are read once for all of them; this changes their last digit at most. It needs a
+    GradientDescentModule and a TensorDataModule with test rows.
 
     Args:
         every_n_updates: Updates from one point to the next; null is every update of the full
@@ -35,6 +42,7 @@ class TestCurve(Callback):
         self.every_n_updates = every_n_updates
         self._batch: Batch | None = None  # the local test rows, on the device of the model
         self._fraction = 0.0  # of the rows of all processes
+        self._kept: list[tuple[int, dict[str, Tensor]]] = []  # updates made, weights
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data, loader, self._batch = tensor_data(trainer), trainer.train_dataloader, None
@@ -42,20 +50,62 @@ class TestCurve(Callback):
             self._batch = data.whole("test").to(pl_module.device)
             rows = next(pl_module.parameters()).new_tensor(float(self._batch.rows(pl_module)))
             self._fraction = float(rows / reduce_sum(rows.clone()))
-            self._every = self.every_n_updates or 1
+            self._every, self._stacks = self.every_n_updates or 1, True
             if isinstance(loader, GlobalBatches) and not (self.every_n_updates or data.full_batch):
                 self._every = loader.updates_per_epoch
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        size = max(1, sum(p.numel() for p in pl_module.parameters()))
+        several = self._batch is not None and self._stacks and len(batches_of(batch)) > 1
+        self._together = min(TOGETHER, NUMBERS // size) if several else 1
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: GradientDescentModule, optimizer: Optimizer
     ) -> None:
         if self._batch is None or trainer.global_step % self._every:
             return
-        part = next(pl_module.parameters()).new_zeros(())  # the loss is the sum of all parts
+        named = pl_module.named_parameters() if self._together > 1 else ()
+        self._kept.append((trainer.global_step, {name: p.detach().clone() for name, p in named}))
+        if len(self._kept) >= self._together:
+            self._record(pl_module, self._batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: GradientDescentModule, *_: Any
+    ) -> None:
+        if self._batch is not None and self._kept:
+            self._record(pl_module, self._batch)
+
+    def _record(self, module: GradientDescentModule, batch: Batch) -> None:
+        kept, self._kept = self._kept, []
+        losses = next(module.parameters()).new_zeros(len(kept))  # their sum is that of all parts
         if self._fraction:
-            with evaluating(pl_module):
-                part = self._batch.loss(pl_module) * self._fraction
-        pl_module.curves.record(trainer.global_step, {"test/loss": part}, local=True)
+            with evaluating(module):
+                losses = self._losses(_Loss(module, batch), kept) * self._fraction
+        for (step, _), loss in zip(kept, losses, strict=True):
+            module.curves.record(step, {"test/loss": loss}, local=True)
+
+    def _losses(self, loss: "_Loss", kept: list[tuple[int, dict[str, Tensor]]]) -> Tensor:
+        weights = [{f"model.{name}": w for name, w in named.items()} for _, named in kept]
+        if len(weights) > 1:
+            stacked = {name: torch.stack([w[name] for w in weights]) for name in weights[0]}
+            try:
+                return vmap(lambda w: functional_call(loss, w))(stacked)
+            except RuntimeError:  # not every loss can be computed at stacked weights
+                self._stacks, self._together = False, 1
+        return torch.stack([functional_call(loss, w) for w in weights])
+
+
+class _Loss(torch.nn.Module):
+    """The loss of a model on a batch as a module, for `functional_call`."""
+
+    def __init__(self, model: GradientDescentModule, batch: Batch) -> None:
+        super().__init__()
+        self.model, self.batch = model, batch
+
+    def forward(self) -> Tensor:
+        return self.batch.loss(self.model)
 
 
 @contextmanager

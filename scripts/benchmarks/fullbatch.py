@@ -20,7 +20,7 @@ from lightning_gd.data.tensors import TensorDataModule
 from lightning_gd.distributed import reduce_sum, world_size
 
 LR, UPDATES, MANY = 0.002, 500, 2000
-PER_STEP = 50  # updates per step, as in the shipped experiments
+PER_STEP = 250  # updates per step, as in the shipped experiments
 
 
 def rows(quick: bool) -> list[Row]:
