@@ -34,6 +34,8 @@ class RunHooks(Callback):
     def setup(self, trainer: Trainer, pl_module: EvaluatedModule, stage: str) -> None:
         self.epoch_loss, self._unchecked = [0.0, 0.0], {"train", "evaluation"}
         pl_module.batch_losses, pl_module.step_losses = [], []
+        if trainer.precision == "64-true":  # Lightning would load a checkpoint into float32 first
+            pl_module.double()
         if stage == "fit":
             pl_module.curves.history.clear()
 

@@ -184,6 +184,22 @@ def test_a_stopped_run_resumes_to_the_bit(make_trainer, tmp_path, modes, schedul
 
 
 # The second ModelCheckpoint writes elsewhere: Lightning says that it forgets the first's scores.
+def test_a_run_in_float64_resumes_to_the_bit(make_trainer, tmp_path):
+    """Weights are not rounded to float32 on their way from the checkpoint."""
+    found = []
+    for stop in (9, 5):
+        path, data = tmp_path / f"{stop}.ckpt", {"passes_per_epoch": 9}
+        trainer = make_trainer(max_steps=stop, precision="64-true")
+        model = LinearRegression(num_features=3, lr=0.02, momentum=0.9)
+        trainer.fit(model, datamodule=RandomRows(**data))
+        trainer.save_checkpoint(path)
+        found.append(model.weight.detach())
+    trainer = make_trainer(max_steps=9, precision="64-true")
+    model = LinearRegression(num_features=3, lr=0.02, momentum=0.9)
+    trainer.fit(model, datamodule=RandomRows(**data), ckpt_path=path)
+    assert model.weight.dtype == torch.float64 and torch.equal(model.weight, found[0])
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("gradient", MODES)
 @pytest.mark.parametrize("data", [FOUR, {"passes_per_epoch": 6}], ids=str)
