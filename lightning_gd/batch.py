@@ -102,6 +102,11 @@ class GivesUpdates(Protocol):
 class CountsUpdates(Protocol):
     """What a run asks of the loader that feeds it."""
 
+    @property
+    def updates_per_epoch(self) -> int:
+        """The number of updates per epoch."""
+        ...
+
     def updates_in_epoch(self) -> int | None:
         """Return the number of updates made in this epoch, 0 after the last; None: unknown."""
         ...

@@ -16,6 +16,9 @@ from lightning_gd.hooks import RunHooks
 from lightning_gd.settings import build_optimizer, build_scheduler, check_trainer
 from lightning_gd.updates import STEPPED_HERE, gradient_norm
 
+# Hooks of Lightning that manual optimization does not call.
+UNUSED = ("optimizer_step", "lr_scheduler_step", "configure_gradient_clipping")
+
 
 class ConfiguredModule(EvaluatedModule):
     """A LightningModule whose optimizer, clipping and checkpoints follow from `hparams`."""
@@ -24,6 +27,12 @@ class ConfiguredModule(EvaluatedModule):
         """Refuse what the Trainer cannot run, and attach `RunHooks`; extend it by `super()`."""
         trainer: Any = self.trainer
         check_trainer(trainer, self.hparams)
+        for name in () if self.automatic_optimization else UNUSED:
+            if getattr(type(self), name) is not getattr(ConfiguredModule, name):
+                raise ValueError(
+                    f"{type(self).__name__} overrides {name}, which explicit mode does not call: "
+                    "remove it, or set --model.gradient autograd"
+                )
         if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, SafeCheckpointIO):
             trainer.strategy.checkpoint_io = SafeCheckpointIO(self)
         present = any(isinstance(callback, RunHooks) for callback in trainer.callbacks)

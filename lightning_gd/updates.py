@@ -50,10 +50,9 @@ def step_schedulers(module: EvaluatedModule, interval: str) -> None:
         module: The model of the run.
         interval: `step` (per update) or `epoch`.
     """
-    for config in module.trainer.lr_scheduler_configs:
-        scheduler: Any = config.scheduler
-        if config.interval == interval and not isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step()
+    for config in _due(module.trainer, interval):
+        if not isinstance(config.scheduler, ReduceLROnPlateau):
+            config.scheduler.step()
 
 
 def step_plateaus(module: EvaluatedModule, interval: str, metric: Tensor | None) -> None:
@@ -64,13 +63,24 @@ def step_plateaus(module: EvaluatedModule, interval: str, metric: Tensor | None)
         interval: `step` (per update) or `epoch`.
         metric: What a plateau looks at; None leaves it as it is.
     """
-    for config in module.trainer.lr_scheduler_configs:
-        scheduler: Any = config.scheduler
+    for config in _due(module.trainer, interval):
         ours = not module.automatic_optimization or config.frequency == STEPPED_HERE
-        if not (ours and config.interval == interval and metric is not None):
-            continue
-        if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(metric)
+        if ours and metric is not None and isinstance(config.scheduler, ReduceLROnPlateau):
+            config.scheduler.step(metric)
+
+
+def _due(trainer: Trainer, interval: str) -> list[Any]:
+    """Return the configurations of the schedulers that step now, by their `frequency`.
+
+    As in Lightning it counts epochs, or updates from the beginning of an epoch.
+    """
+    loader, made = trainer.train_dataloader, trainer.current_epoch + 1
+    if interval == "step":
+        counts = isinstance(loader, CountsUpdates)
+        per_epoch = loader.updates_per_epoch if counts else trainer.num_training_batches
+        made = (trainer.global_step - 1) % per_epoch + 1
+    configs = [c for c in trainer.lr_scheduler_configs if c.interval == interval]
+    return [c for c in configs if c.frequency == STEPPED_HERE or made % c.frequency == 0]
 
 
 def updates_in_epoch(trainer: Trainer) -> int | None:

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from test_modes import CLOSE, MODES, SETTINGS, RandomRows, Rows, line, normal
 
-from lightning_gd import LinearRegression, TestCurve
+from lightning_gd import LinearRegression, PointsData, TestCurve
 from lightning_gd.settings import check_trainer
 
 FOUR = {"batch_size": 5, "num_val": 3}  # 4 batches per epoch, and validation
@@ -273,7 +273,46 @@ def test_learning_rate_monitor_sees_every_update(make_trainer, tmp_path):
     assert list(found) == pytest.approx([0.02 * 0.5**k for k in range(6)])
 
 
+class Scheduled(LinearRegression):
+    """Configures its own optimizer: a schedule every third update, a plateau by epoch."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.02)
+        if self.plateau:
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer, mode="max", patience=0, factor=0.5
+            )
+            config: Any = {"scheduler": scheduler, "monitor": "val/loss"}
+        else:
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            config = {"scheduler": scheduler, "interval": "step", "frequency": 3}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+@pytest.mark.filterwarnings("ignore:The lr scheduler dict contains the key.*monitor")
+@pytest.mark.parametrize("plateau", [False, True])
+def test_a_schedule_of_the_models_own_is_honoured(make_trainer, plateau):
+    """A falling loss is no progress for mode "max": the rate halves from the second epoch on."""
+    rates = []
+    for gradient in MODES:
+        model = Scheduled(num_features=3, gradient=gradient).double()
+        model.plateau = plateau
+        trainer = make_trainer(max_epochs=4)
+        trainer.fit(model, datamodule=RandomRows(**FOUR, updates_per_step=2))
+        rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+    expected = 0.02 * 0.5 ** (3 if plateau else 4)  # the third of 4 updates in each epoch
+    assert rates == pytest.approx([expected, expected])
+
+
 # Refusals
+
+
+@pytest.mark.parametrize("hook", ["optimizer_step", "lr_scheduler_step"])
+def test_a_hook_that_explicit_mode_does_not_call_is_refused(make_trainer, hook):
+    kind = type("Hooked", (LinearRegression,), {hook: lambda *args, **named: None})
+    with pytest.raises(ValueError, match=f"Hooked overrides {hook}"):
+        make_trainer(max_steps=1).fit(kind(), datamodule=PointsData())
+
 
 REFUSED = {
     "LBFGS": ({}, {"optimizer": "LBFGS"}, "LBFGS.*closure"),
