@@ -5,7 +5,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule
+from torch import Tensor, nn
 
 FORMAT = 2  # of what this version adds to a checkpoint; another number is refused
 OURS = "lightning_gd"  # the key of it
@@ -79,7 +80,7 @@ def check_class(checkpoint: dict[str, Any], cls: type) -> None:
         raise ValueError(f"the checkpoint is of {theirs}, the model is {mine}: they must be one")
 
 
-def check_shapes(checkpoint: dict[str, Any], model: torch.nn.Module) -> None:
+def check_shapes(checkpoint: dict[str, Any], model: nn.Module) -> None:
     """Raise ValueError, naming the first difference, for other parameter names or shapes."""
     theirs, mine = checkpoint.get("state_dict", {}), model.state_dict()
     for name in [*mine, *theirs]:
@@ -109,7 +110,11 @@ def _keys(value: Any) -> set[str]:
     """Return the keys of all dicts in a value."""
     if isinstance(value, dict):
         return {*value, *_keys(list(value.values()))}
-    return {key for part in value for key in _keys(part)} if isinstance(value, list) else set()
+    return (
+        {key for part in value for key in _keys(part)}
+        if isinstance(value, (list, tuple))
+        else set()
+    )
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -165,11 +170,16 @@ class SafeCheckpointIO(CheckpointIO):
 
     def _stamped(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Add the format, the version and the classes, and keep the settings plain."""
-        parts = {"hyper_parameters", "datamodule_hyper_parameters"} & checkpoint.keys()
         data = getattr(self.model.trainer, "datamodule", None)
-        ours = {"format": FORMAT, "version": version(OURS)}
+        ours = {"format": FORMAT, "version": version(OURS), "left_out": []}
         ours |= {"model": class_name(type(self.model)), "data": class_name(type(data))}
-        return {**checkpoint, **{part: _plain(checkpoint[part]) for part in parts}, OURS: ours}
+        checkpoint = {**checkpoint, OURS: ours}
+        for part in {"hyper_parameters", "datamodule_hyper_parameters"} & checkpoint.keys():
+            kept = {str(name): _plain(value) for name, value in checkpoint[part].items()}
+            checkpoint[part] = {name: v for name, v in kept.items() if v is not ...}
+            if part == "hyper_parameters":
+                ours["left_out"] = [name for name in kept if kept[name] is ...]
+        return checkpoint
 
 
 def _sync_folder(folder: Path) -> None:
@@ -183,15 +193,21 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that `read` loads again; what has no plain form is left out."""
-    if isinstance(value, dict):
-        kept = {str(key): _plain(entry) for key, entry in value.items()}
-        return {key: entry for key, entry in kept.items() if entry is not ...}
+    """Return a value that `read` loads again; `...` for one that has no plain form."""
+    if isinstance(value, Mapping):
+        kept: Any = {str(key): _plain(entry) for key, entry in value.items()}
+        return ... if any(entry is ... for entry in kept.values()) else kept
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        kept = [_plain(entry) for entry in value]
+        return (
+            ...
+            if any(entry is ... for entry in kept)
+            else tuple(kept)
+            if isinstance(value, tuple)
+            else kept
+        )
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Path):
         return str(value)
-    plain = value is None or isinstance(value, (bool, int, float, str, torch.Tensor))
-    return value if plain else ...
+    return value if value is None or type(value) in (bool, int, float, str, Tensor) else ...

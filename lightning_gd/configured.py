@@ -10,7 +10,14 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_gd.checkpoints import SafeCheckpointIO, check_class, check_shapes, read, settings_of
+from lightning_gd.checkpoints import (
+    OURS,
+    SafeCheckpointIO,
+    check_class,
+    check_shapes,
+    read,
+    settings_of,
+)
 from lightning_gd.evaluation import EvaluatedModule, watched
 from lightning_gd.hooks import RunHooks
 from lightning_gd.settings import build_optimizer, build_scheduler, check_trainer
@@ -88,6 +95,12 @@ class ConfiguredModule(EvaluatedModule):
         """
         checkpoint = read(checkpoint_path)
         check_class(checkpoint, cls)
+        lost = [name for name in checkpoint[OURS].get("left_out", ()) if name not in settings]
+        if lost:
+            raise ValueError(
+                f"checkpoint {checkpoint_path} does not hold {', '.join(lost)} of {cls.__name__}, "
+                f"which had no plain value: give it, as in load(path, {lost[0]}=...)"
+            )
         model = cls(**{**settings_of(checkpoint), **settings})
         check_shapes(checkpoint, model)
         weights = checkpoint["state_dict"]

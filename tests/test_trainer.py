@@ -1,6 +1,7 @@
 """Lightning's ordinary objects around a fit: counters, checkpoints, stopping, hooks, resuming."""
 
 import itertools
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
@@ -302,6 +303,28 @@ def test_a_schedule_of_the_models_own_is_honoured(make_trainer, plateau):
         rates.append(trainer.optimizers[0].param_groups[0]["lr"])
     expected = 0.02 * 0.5 ** (3 if plateau else 4)  # the third of 4 updates in each epoch
     assert rates == pytest.approx([expected, expected])
+
+
+class Shade(Enum):
+    LIGHT, DARK = 1, 2
+
+
+class Typed(LinearRegression):
+    """Has settings of other types than numbers and text."""
+
+    def __init__(self, shade=Shade.LIGHT, size=(1, 2), **settings):
+        super().__init__(**settings)
+
+
+def test_settings_without_a_plain_form_are_asked_for(make_trainer, tmp_path):
+    """They are not replaced by their defaults in silence; a tuple stays a tuple."""
+    trainer, path = make_trainer(max_steps=1), tmp_path / "typed.ckpt"
+    trainer.fit(Typed(Shade.DARK, (3, 4)), datamodule=PointsData())
+    trainer.save_checkpoint(path)
+    with pytest.raises(ValueError, match="does not hold shade of Typed.*shade="):
+        Typed.load_from_checkpoint(path)
+    loaded = Typed.load_from_checkpoint(path, shade=Shade.DARK)
+    assert (loaded.hparams["shade"], loaded.hparams["size"]) == (Shade.DARK, (3, 4))
 
 
 # Refusals
