@@ -1,10 +1,4 @@
-"""What the curvature of a least-squares loss says about the learning rate.
-
-Gradient descent with momentum β is torch's SGD: v ← βv + g, w ← w − lr·v, with v = 0 at the start.
-Along each eigenvector of the Hessian H, with eigenvalue λ, the error e = θ − θ* follows
-
-    e₊ = (1 + β − lr·λ) e − β e₋,  with e₋ = e at the start.
-"""
+"""What the curvature of a least-squares loss says about the learning rate."""
 
 import math
 from bisect import bisect_left
@@ -25,14 +19,14 @@ class Curvature:
     """The eigenvalues of the Hessian of a least-squares loss, which is constant and not negative.
 
     Methods take θ at the start and the best θ* as (w, b) flattened, shape [P], a learning rate
-    lr ≥ 0 and a momentum β in [0, 1).
+    lr ≥ 0 and a momentum β in [0, 1) of torch's SGD. Along each eigenvector, with eigenvalue λ,
+    the error e = θ − θ* follows e₊ = (1 + β − lr·λ) e − β e₋, with e₋ = e at the start.
 
     Attributes:
         eigenvalues: λ of all P parameters in ascending order, shape [P].
         eigenvectors: One per column, shape [P, P].
         rank: Number of eigenvalues above `rank_tolerance`; the others are rounding errors.
-        largest: λmax, along the steepest direction.
-        smallest: λmin, the smallest eigenvalue above the tolerance.
+        largest, smallest: λmax and λmin, of the eigenvalues above the tolerance.
         auto_lr: 1/λmax, the learning rate that removes the steepest error in one update.
 
     Raises:
@@ -62,8 +56,8 @@ class Curvature:
     def factor(self, lr: float, momentum: float = 0.0) -> float:
         """Return what one update multiplies the slowest error by in the long run, 0 or more.
 
-        The largest root |z| of z² − (1 + β − lr·λ)z + β = 0 over all λ above the tolerance;
-        |1 − lr·λ| without momentum. The run converges if it is below 1.
+        The largest root |z| of z² − (1 + β − lr·λ)z + β = 0 over all λ above the tolerance. The
+        run converges if it is below 1.
         """
         half = (1 + momentum - lr * self.eigenvalues[-self.rank :]).abs() / 2
         root = (half.square() - momentum).clamp(min=0).sqrt()
@@ -127,13 +121,15 @@ class Curvature:
                 f"update multiplies the error by {signed} and the loss by {factor**2:.4g}; the "
                 f"largest stable rate is {stable:.4g}"
             )
-        pace = f": in the long run each update multiplies the error by {factor:.4g} and the loss "
-        pace += f"above the optimum by {factor**2:.4g}"
-        if 1 - factor < 1e-4:
-            pace = ", slowly along the flattest direction: halving the error there takes "
-            pace += f"{math.log(0.5) / math.log(factor):.2g} updates"
         swing = "; the steepest part changes sign at each update" if top < 0 else ""
-        return f"lr {lr:.4g} converges{pace}{swing}"
+        if 1 - factor < 1e-4:
+            halved = f"{math.log(0.5) / math.log(factor):.2g} updates"
+            slow = "slowly along the flattest direction: halving the error there takes"
+            return f"lr {lr:.4g} converges, {slow} {halved}{swing}"
+        return (
+            f"lr {lr:.4g} converges: in the long run each update multiplies the error by "
+            f"{factor:.4g} and the loss above the optimum by {factor**2:.4g}{swing}"
+        )
 
 
 def losses_along(moments: Moments, parameters: Tensor) -> Tensor:

@@ -89,13 +89,6 @@ class Moments:
             raise ValueError("x and y must be finite numbers whose squares do not overflow float64")
         return cls(len(y), (total + n * shift) / n, cov)
 
-    def __add__(self, other: "Moments") -> "Moments":
-        """Return the moments of both sets of rows, by Chan, Golub and LeVeque's update."""
-        n, delta = self.n + other.n, other.mean - self.mean
-        first, second = self.n / max(n, 1), other.n / max(n, 1)
-        cov = first * self.cov + second * other.cov + first * second * torch.outer(delta, delta)
-        return Moments(n, self.mean + second * delta, cov)
-
     def reduce(self, reduce_sum: Callable[[Tensor], Tensor]) -> "Moments":
         """Return the moments of all processes' rows; `reduce_sum` adds up a flat tensor of each."""
         sums = reduce_sum(pad(self.mean, (0, 1), value=1.0) * self.n)
@@ -169,8 +162,7 @@ class Moments:
 class MomentsBatch(Batch):
     """Moments in place of the local rows: the cost of an update does not depend on their number."""
 
-    # No dataclass: Lightning would convert the precision of its fields.
-    def __init__(self, moments: Moments) -> None:
+    def __init__(self, moments: Moments) -> None:  # no dataclass: Lightning would convert it
         self.moments = moments
 
     def loss(self, model: Any) -> Tensor:

@@ -27,12 +27,13 @@ def number(
     *,
     above: float = -math.inf,
     least: float = -math.inf,
+    below: float = math.inf,
     most: float = math.inf,
 ) -> None:
     """Raise ValueError unless `value` is a finite number in the given range."""
     real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not (real and above < value and least <= value <= most):
-        bounds = {"above": above, "of at least": least, "of at most": most}
+    if not (real and above < value < below and least <= value <= most):
+        bounds = {"above": above, "of at least": least, "below": below, "of at most": most}
         form = [f"{words} {bound:g}" for words, bound in bounds.items() if math.isfinite(bound)]
         raise ValueError(f"{name}={value!r} must be a finite number {' and '.join(form)}".strip())
 
@@ -41,13 +42,11 @@ def whole_number(
     name: str, value: Any, least: int, *, optional: bool = False, below: float = math.inf
 ) -> None:
     """Raise ValueError unless `value` is an integer in range, or None where that is allowed."""
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < below:
-        form = f"an integer of at least {least}" + (
-            f" and below {below}" if below < math.inf else ""
-        )
-        raise ValueError(f"{name}={value!r} must be {form}{' or null' if optional else ''}")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (whole and least <= value < below or value is None and optional):
+        most = f" and below {below}" if below < math.inf else ""
+        null = " or null" if optional else ""
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}{most}{null}")
 
 
 def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
@@ -63,9 +62,7 @@ def check_settings(h: Mapping[str, Any]) -> None:
         one_of("lr", h["lr"], ("auto", "a finite number above 0"))
     else:
         number("lr", h["lr"], above=0)
-    number("momentum", h["momentum"], least=0)
-    if h["momentum"] >= 1:
-        raise ValueError(f"momentum={h['momentum']!r} must be at least 0 and below 1")
+    number("momentum", h["momentum"], least=0, below=1)
     one_of("scheduler_interval", h["scheduler_interval"], ("update", "epoch"))
     if h["gradient_clip_val"] is not None:
         number("gradient_clip_val", h["gradient_clip_val"], above=0)
@@ -88,6 +85,7 @@ def check_precision(precision: object) -> None:
 def check_trainer(trainer: Trainer, h: Mapping[str, Any]) -> None:
     """Raise ValueError where the Trainer cannot run the model, or a setting is given twice."""
     explicit, clip = h["gradient"] == "explicit", trainer.gradient_clip_val
+    theirs, ours = trainer.accumulate_grad_batches, h["accumulate_grad_batches"]
     strategy = type(trainer.strategy).__name__
     if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
         raise ValueError(
@@ -100,15 +98,11 @@ def check_trainer(trainer: Trainer, h: Mapping[str, Any]) -> None:
             f"--trainer.gradient_clip_val {clip} is not applied to this model's gradients: set "
             "--model.gradient_clip_val, which clips in both modes"
         )
-    if explicit and trainer.accumulate_grad_batches > 1:
+    if theirs > 1 and explicit or ours > 1 and not explicit:
+        mine, other = ("trainer", "model") if explicit else ("model", "trainer")
         raise ValueError(
-            f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} is for "
-            "gradient=autograd; for explicit gradients set --model.accumulate_grad_batches"
-        )
-    if not explicit and h["accumulate_grad_batches"] > 1:
-        raise ValueError(
-            f"--model.accumulate_grad_batches {h['accumulate_grad_batches']} is for "
-            "gradient=explicit; for autograd set --trainer.accumulate_grad_batches"
+            f"--{mine}.accumulate_grad_batches {theirs if explicit else ours} is not for "
+            f"gradient={h['gradient']}: set --{other}.accumulate_grad_batches"
         )
 
 

@@ -22,7 +22,7 @@ from test_batches import trainer_at
 from test_cli import LIGHTNINGS
 from test_models import is_class, problems, trained
 from test_modes import Rows, train
-from test_moments import noisy
+from test_moments import in_step, noisy
 
 import lightning_gd
 from lightning_gd import LinearRegression, Moments, ParityMLP
@@ -124,9 +124,8 @@ def moments_are_the_direct_formula(n, size, seed, offset, with_bias):
 def moments_of_parts_add_up(n, size, seed, offset, cuts):
     x, y = noisy(n, size, seed)
     x, edges = x + offset, [0, *sorted(min(cut, n) for cut in cuts), n]
-    total = Moments.of(x[:0], y[:0])
-    for first, last in zip(edges, edges[1:], strict=False):
-        total = total + Moments.of(x[first:last], y[first:last])
+    slices = map(slice, edges, edges[1:])
+    total = in_step([Moments.of(x[rows], y[rows]) for rows in slices])[0]
     whole = Moments.of(x, y)
     assert total.n == whole.n == n
     # An offset of 1e6 leaves 1e-10 of rounding in the means, whose differences are squared.
@@ -256,28 +255,26 @@ def settings_of(cls, base):
     return {name: of_type(kind) for name, kind in hints.items() if name not in ("return", "kwargs")}
 
 
-BASES = {"model": LightningModule, "data": LightningDataModule}
 DATA = (lightning_gd.PointsData, lightning_gd.MNISTParityData, lightning_gd.TableData)
 
 
 @cache
-def parser_of(part):
-    """LightningCLI's."""
+def parser_of(cls):
+    """LightningCLI's, for one class: with subclasses it would be built anew in each case."""
     parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(BASES[part], part, subclass_mode=True)
+    parser.add_class_arguments(cls, "part")
     return parser
 
 
 @prop(500, cls=st.sampled_from([*find_models(), *DATA]), drawn=st.data())
 def settings_survive_yaml(cls, drawn):
-    part = "data" if cls in DATA else "model"
-    chosen = drawn.draw(st.fixed_dictionaries({}, optional=settings_of(cls, BASES[part])))
-    given = {part: {"class_path": f"lightning_gd.{cls.__name__}", "init_args": chosen}}
-    config = parser_of(part).parse_object(given)
-    kept = config[part].init_args.as_dict()
+    base = LightningDataModule if cls in DATA else LightningModule
+    chosen = drawn.draw(st.fixed_dictionaries({}, optional=settings_of(cls, base)))
+    config = parser_of(cls).parse_object({"part": chosen})
+    kept = config.part.as_dict()
     assert {key: kept[key] for key in chosen} == chosen
-    text = parser_of(part).dump(config, skip_none=False)  # as a run writes its config.yaml
-    assert parser_of(part).parse_string(text) == config
+    text = parser_of(cls).dump(config, skip_none=False)  # as a run writes its config.yaml
+    assert parser_of(cls).parse_string(text) == config
 
 
 # All of them, and a mistake that somebody could make for each
@@ -306,9 +303,10 @@ def centred(at, self, u, bias):
     return at(Moments(self.n, self.mean * 0, self.cov), u, bias)
 
 
-def without_the_means_between(_, self, other):
-    n, pairs = self.n + other.n, ((self.mean, other.mean), (self.cov, other.cov))
-    return Moments(n, *((a * self.n + b * other.n) / max(n, 1) for a, b in pairs))
+def without_the_means_between(_, self, reduce_sum):
+    sums = reduce_sum(torch.cat([self.mean, torch.ones(1)]) * self.n)
+    cov = reduce_sum((self.cov * self.n).flatten()).view_as(self.cov)
+    return Moments(round(sums[-1].item()), sums[:-1] / sums[-1], cov / sums[-1])
 
 
 def with_replacement(_, self, epoch):
@@ -324,7 +322,7 @@ def six_digits(dump, *args, **kwargs):
 MUTANTS = {  # class, method, and what takes its place and gets it as the first argument
     "explicit_is_autograd": (LinearRegression, "gradients", half_the_slope_of_the_bias),
     "moments_are_the_direct_formula": (Moments, "_at", centred),
-    "moments_of_parts_add_up": (Moments, "__add__", without_the_means_between),
+    "moments_of_parts_add_up": (Moments, "reduce", without_the_means_between),
     "every_row_once_in_the_same_batches": (GlobalBatches, "_order", with_replacement),
     "the_place_follows_global_step": (GlobalBatches, "_place", lambda at, self: (at(self)[0], 0)),
     "passes_of_the_full_batch": (GlobalBatches, "_full", lambda full, self, count: full(self, 1)),

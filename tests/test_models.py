@@ -227,7 +227,7 @@ def test_a_model_is_one_file(tmp_path, monkeypatch, factor):
     later = getattr(lightning_gd, name)
     assert later in find_models() and name in dir(lightning_gd)
     report = check_gradients(*later.example_batch())
-    assert [p.name for p in report.parameters if not p.ok] == ([] if factor == 2 else ["bias"])
+    assert [p.name for p in report.parameters if p.diagnosis] == ([] if factor == 2 else ["bias"])
     (tmp_path / file).write_text(text)  # a file of the user's, in the working directory
     monkeypatch.chdir(tmp_path)
     right, wrong = f"lightning_gd.{name}", f"later{factor}.{name}"

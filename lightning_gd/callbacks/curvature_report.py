@@ -26,11 +26,11 @@ MOST_ROWS = 2048  # local rows for the curvature of a loss that is not least squ
 class CurvatureReport(Callback):
     """Prints the largest stable and the best learning rate, and warns of one that diverges.
 
-    Least squares: exact, from the moments of the training rows. The loss of the exact solution is
-    recorded as `optimum/train/loss`, the loss above it as `train/excess_loss` after each step, and
-    for full-batch SGD the predicted curves as `predicted/train/loss` and `predicted/test/loss`.
-    Another loss: the largest eigenvalue of its Hessian at the start, by Hessian-vector products.
-    It needs a GradientDescentModule.
+    Least squares: exact, from the moments of the training rows. The loss above the optimum is
+    recorded as `train/excess_loss` after each step, and for full-batch SGD the loss of the exact
+    solution as `optimum/train/loss` and the predicted curves as `predicted/train/loss` and
+    `predicted/test/loss`. Another loss of a GradientDescentModule: the largest eigenvalue of its
+    Hessian at the start, by Hessian-vector products.
     """
 
     _squares: LeastSquares | None = None

@@ -2,28 +2,27 @@
 
 import copy
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_gd.batch import call
+from lightning_gd.batch import call, tensors
 
-LENGTHS = [4.0**power for power in range(-10, 4)]  # tried for a random step
+FLOAT64 = 1024 * torch.finfo(torch.float64).eps  # per term of a sum: mistakes are far larger
+LENGTHS = [8.0**power for power in range(-7, 3)]  # tried for a random step
 
 Weights = dict[str, Tensor]
 
 
 class Point(NamedTuple):
-    """What was measured at one set of weights on one batch."""
+    """What was measured at one set of weights."""
 
     weights: Weights
-    batch: Any
     loss: float
     autograd: Weights
-    explicit: dict[str, Any]
+    explicit: Weights
 
 
 class Bench:
@@ -39,67 +38,67 @@ class Bench:
         self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self._seed, self._random = seed, torch.Generator().manual_seed(seed)
         self.model.requires_grad_()
+        self.rows = len(next(tensors(self.batch)))
+        numbers = sum(t.numel() for t in tensors(self.batch)) // self.rows
+        widest = max(size for value in self.start.values() for size in (*value.shape, 1))
+        self.rounding = FLOAT64 * (self.rows + numbers + widest)  # of a sum, relative
 
-    def measure(self, weights: Weights, batch: Any, method: str) -> Point:
+    def measure(self, weights: Weights, method: str) -> Point:
         """Return the loss, its gradient by autograd, and the explicit one of a method."""
-        self.place(weights)
-        loss, leaves = self._call("loss", batch), list(self.parameters.values())
-        found = [torch.zeros_like(p) for p in leaves]
-        if loss.requires_grad:  # not cut off the graph
-            found = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        self._place(weights)
+        loss = self._call("loss")
         if not loss.isfinite():
             raise ValueError(f"it is {loss.item()} on this batch")
-        with torch.no_grad():
-            result = self._call(method, batch)
-        explicit = result[1] if method == "loss_and_gradients" else result
-        if not isinstance(explicit, Mapping):
-            raise TypeError(f"a {type(explicit).__name__} instead of a dict by parameter name")
+        found = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
         autograd = dict(zip(self.parameters, found, strict=True))
-        copies = apply_to_collection(dict(explicit), Tensor, lambda g: g.detach().clone())
-        return Point(weights, batch, loss.item(), autograd, copies)
+        return Point(weights, loss.item(), autograd, self.explicit(method))
 
     @torch.no_grad()
-    def loss(self, weights: Weights, batch: Any) -> float:
-        """Return the loss after some of the weights were changed."""
-        self.place(weights)
-        return float(self._call("loss", batch))
+    def explicit(self, method: str) -> Weights:
+        """Return the explicit gradients of a method at the weights of the last call."""
+        found = self._call(method)
+        found = found[1] if method == "loss_and_gradients" else found
+        return {name: gradient.detach().clone() for name, gradient in found.items()}
 
-    def moved(self) -> Weights:
+    @torch.no_grad()
+    def loss(self, weights: Weights) -> float:
+        """Return the loss at other weights."""
+        self._place(weights)
+        return float(self._call("loss"))
+
+    def moved(self, loss: float) -> Weights:
         """Return the weights after a random step that changes the loss by half of its size.
 
         Where a fit starts or ends gradients vanish, and any multiple of zero is right; after this
         step they do not. The size of the loss is that at the given weights or at zero, whichever
         is larger: predictions then move by the scale of the targets, and cross kinks.
         """
-        given = {name: self.start[name] for name in self.trained}
-        way = {name: self.random(value) for name, value in given.items()}
-        zero = abs(self.loss({n: torch.zeros_like(v) for n, v in given.items()}, self.batch))
-        loss, moved = self.loss(given, self.batch), given
+        way = {name: self.random(self.start[name]) for name in self.trained}
+        zero = abs(self.loss({**self.start, **{n: torch.zeros_like(v) for n, v in way.items()}}))
         wanted = max(abs(loss), zero if math.isfinite(zero) else 0.0) / 2 or 1.0
+        moved = self.start
         for length in LENGTHS:
-            weights = {name: v + length * way[name] for name, v in given.items()}
-            change = abs(self.loss(weights, self.batch) - loss)
-            moved = weights if math.isfinite(change) else moved
+            step = {name: self.start[name] + length * value for name, value in way.items()}
+            change = abs(self.loss({**self.start, **step}) - loss)
+            moved = {**self.start, **step} if math.isfinite(change) else moved
             if not change < wanted:
                 break
-        return {**self.start, **moved}
+        return moved
 
     def random(self, like: Tensor) -> Tensor:
         """Return normal random numbers in the shape of a parameter."""
         return torch.randn(like.shape, generator=self._random).to(like)
 
-    @torch.no_grad()
-    def place(self, weights: Weights) -> None:
-        """Set parameters of the copy."""
+    def _place(self, weights: Weights) -> None:
         for name, value in weights.items():
-            self.parameters[name].copy_(value)
+            self.parameters[name].data = value
 
-    def _call(self, method: str, batch: Any) -> Any:
+    def _call(self, method: str) -> Any:
         self.called = method
         torch.default_generator.manual_seed(self._seed)
         for buffer, value in self._buffers:
             buffer.detach().copy_(value)
-        batch = apply_to_collection(batch, Tensor, torch.clone)
+        batch = apply_to_collection(self.batch, Tensor, torch.clone)
         return call(getattr(self.model, method), batch)
 
 

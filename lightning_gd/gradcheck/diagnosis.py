@@ -2,28 +2,27 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 ALIKE = 1e-6  # float64 gradients agree to about 1e-13, usual mistakes differ by 1e-3 and more
 STALE = "stale: a second call on the same batch returns something else"
+DIFFERS = "gradients and loss_and_gradients return different gradients"
 CUT = (
     "autograd differs from differences of loss: "
     "part of loss is cut off the graph (detach, no_grad, item)"
 )
+FACTORS = {1.0: "", 2.0: "a factor 2 too much", 0.5: "a factor 2 is missing (½)"}
 
 Pair = tuple[Tensor, Tensor]  # explicit, autograd
 
 
-def malformed(name: str, explicit: Mapping[str, Any], truth: Tensor) -> str | None:
-    """Say what is wrong with the name, type or shape of a gradient."""
+def malformed(name: str, explicit: Mapping[str, Tensor], truth: Tensor) -> str | None:
+    """Say what is wrong with the name or the shape of a gradient."""
     if name not in explicit:
         return f"missing: gradients returned only {list(explicit)}"
     value = explicit[name]
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__} where a tensor is wanted"
     if value.shape == truth.shape:
         return None
     shapes = f"shape {list(value.shape)} where {list(truth.shape)} is wanted"
@@ -33,20 +32,40 @@ def malformed(name: str, explicit: Mapping[str, Any], truth: Tensor) -> str | No
 def name_mistake(pairs: Sequence[Pair], wrong: Pair, rows: int, noise: float) -> str:
     """Name the mistake behind wrong numbers.
 
-    `pairs` are the gradients at the given weights, after a random step, and there with each of
-    the N rows given twice; `wrong` is the pair among them that was found to differ.
+    `pairs` are the gradients on N rows before and after a random step, `wrong` the one of them
+    that was found to differ.
     """
-    (given, _), (moved, truth), twice = pairs
-    if words := _name_factor(ratio(moved, truth, noise), ratio(*twice, noise), rows):
+    given, moved = pairs
+    factor = ratio(*(moved if largest(moved[1]) > noise else wrong), noise)
+    if factor is not None and (words := _name_factor(factor, rows, moved[1].numel())):
         return words
-    if largest(given) > noise and alike(given, moved):
+    if largest(given[0]) > noise and alike(given[0], moved[0]):
         return "stale: the same at other weights"
-    if truth.ndim == 2 and alike(moved.T, truth, noise):
+    if moved[1].ndim == 2 and alike(moved[0].T, moved[1], noise):
         return "transposed"
-    return worst_entry("explicit", *wrong)
+    return _worst_entry("explicit", *wrong)
 
 
-def worst_entry(name: str, actual: Tensor, expected: Tensor) -> str:
+def _name_factor(factor: float, rows: int, numbers: int) -> str | None:
+    """Name a factor of so many numbers; None for 1, and for the odd factor between two numbers."""
+    size = abs(factor)
+    if size <= ALIKE:
+        return "it is zero, the term is left out"
+    known = [(rows, 1.0), *((n, k) for n in (1, rows) for k in FACTORS)]
+    fits = [(n, k) for n, k in known if math.isclose(size, n * k, rel_tol=ALIKE)]
+    if math.isclose(factor, 1, rel_tol=ALIKE) or not fits and numbers == 1:
+        return None
+    count, part = fits[0] if fits else (1, size)
+    words = [f"{factor:.6g} times the gradient of loss"]
+    if count > 1:
+        two = ", or a factor 2 too much" if rows == 2 == count * part else ""
+        words.append(f"the sum over the rows instead of the mean (N = {rows}){two}")
+    if part != 1:
+        words.append(FACTORS.get(part, f"a factor {part:.6g}"))
+    return ", ".join([*words, "the sign is wrong"] if factor < 0 else words)
+
+
+def _worst_entry(name: str, actual: Tensor, expected: Tensor) -> str:
     """Return the entry that differs most, with both numbers."""
     k = int((actual - expected).abs().argmax())
     index = [int(i) for i in torch.unravel_index(torch.tensor(k), expected.shape)]
@@ -54,43 +73,19 @@ def worst_entry(name: str, actual: Tensor, expected: Tensor) -> str:
     return f"no usual mistake fits; the worst entry {index} is {values}"
 
 
-def _name_factor(once: float | None, twice: float | None, n: int) -> str | None:
-    """Name a factor that is `once` on N rows and `twice` on 2N; None for 1 and no known law."""
-    if once is None or twice is None:
-        return None
-    words, size = [f"{once:.6g} times the gradient of loss"], abs(once)
-    if max(size, abs(twice)) <= ALIKE:
-        return "it is zero, the term is left out"
-    if math.isclose(twice, 2 * once, rel_tol=ALIKE):
-        words.append(f"the sum over the rows instead of the mean (N = {n})")
-        size /= n
-    elif not math.isclose(twice, once, rel_tol=ALIKE):
-        return None
-    if not math.isclose(size, 1, rel_tol=ALIKE):
-        known = {"2": "a factor 2 too much", "0.5": "a factor 2 is missing (½)"}
-        words.append(known.get(f"{size:.6g}", f"a factor {size:.6g}"))
-    if once < 0:
-        words.append("the sign is wrong")
-    return ", ".join(words) if len(words) > 1 else None
-
-
-def name_reduction(
-    expected: Tensor, actual: Tensor, local: Tensor | None, world_size: int, noise: float
-) -> str:
+def name_reduction(expected: Tensor, actual: Tensor, world_size: int, noise: float) -> str:
     """Name the mistake in a gradient that was reduced over `world_size` processes."""
     if actual.isnan().any():
         return "p.grad is missing or nan"
     k = ratio(actual, expected, noise)
     if world_size == 1:
-        return worst_entry("p.grad", actual, expected) if k is None else f"a factor {k:.6g}"
-    if local is not None and alike(actual, local, noise):
-        return "the reduction is missing: this is the gradient of this process's own rows"
-    if k is None:
-        return "no factor fits: the reduction is missing, or weights uneven processes alike"
-    if abs(k - world_size) <= 1e-3 * world_size:
+        return _worst_entry("p.grad", actual, expected) if k is None else f"a factor {k:.6g}"
+    if k is not None and math.isclose(k, world_size, rel_tol=1e-3):
         return f"{world_size} times too large: summed over the processes instead of averaged"
-    if abs(k * world_size - 1) <= 1e-3:
+    if k is not None and math.isclose(k, 1 / world_size, rel_tol=1e-3):
         return f"{world_size} times too small: divided by the number of processes twice"
+    if k is None or expected.numel() == 1:
+        return "no factor fits: the reduction is missing, or weights uneven processes alike"
     return f"a factor {k:.6g}"
 
 

@@ -10,26 +10,13 @@ class GradientError(ValueError):
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """The check of one parameter.
-
-    Attributes:
-        name: As in `named_parameters()`.
-        error: Largest entry of |actual − expected gradient|; nan where nothing was compared.
-        size: Largest entry of the expected gradient.
-        bound: Largest `error` that rounding explains.
-        diagnosis: What is wrong, None if nothing is.
-    """
+    """The check of one parameter."""
 
     name: str
-    error: float = math.nan
-    size: float = 0.0
-    bound: float = math.nan
-    diagnosis: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether no mistake was found."""
-        return self.diagnosis is None
+    error: float = math.nan  # largest entry of |actual − expected|; nan: nothing was compared
+    size: float = 0.0  # largest entry of the expected gradient
+    bound: float = math.nan  # largest error that rounding explains
+    diagnosis: str | None = None  # what is wrong
 
     @property
     def tested(self) -> bool:
@@ -42,8 +29,8 @@ class ParameterReport:
         return self.error / self.size if self.size else self.error
 
     def __str__(self) -> str:
-        """Return one line: verdict, error, bound."""
-        verdict = "WRONG" if not self.ok else "ok" if self.tested else "not tested, it vanishes"
+        right = "ok" if self.tested else "not tested, it vanishes"
+        verdict = "WRONG" if self.diagnosis else right
         return f"{self.name}: {verdict}, error {self.error:.2g} (bound {self.bound:.2g})"
 
 
@@ -55,8 +42,8 @@ class GradientReport:
 
     @property
     def ok(self) -> bool:
-        """Whether no mistake was found in any gradient."""
-        return all(p.ok for p in self.parameters)
+        """Whether no mistake was found."""
+        return all(p.diagnosis is None for p in self.parameters)
 
     def lines(self) -> list[str]:
         """Return one line per parameter, then each diagnosis once with the names it holds for."""
