@@ -169,8 +169,10 @@ class CommandLine(LightningCLI):
         if self.verb != "fit":
             getattr(self.trainer, self.verb)(self.model, **start)
             return
-        if self.continued is not None and isinstance(self.trainer.logger, RunLogger):
-            for files in self.checkpoint["curve_files"][:1]:  # of the first logger
+        if isinstance(self.trainer.logger, RunLogger):
+            self.trainer.logger.lock()
+            kept = self.checkpoint["curve_files"] if self.continued is not None else []
+            for files in kept[:1]:  # of the first logger
                 self.trainer.logger.cut(files)
         table: Any = self.config_init["end_table"]
         if table is not None:

@@ -19,6 +19,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
 )
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
 SHOWN = ("batch_size", "gradient", "lr", "momentum", "start")  # the first columns in TensorBoard
 METRICS = ("train/loss", "test/loss", "test/accuracy")  # their last value is a column too
 
@@ -39,6 +44,37 @@ class RunLogger(TensorBoardLogger):
         version: int | str | None = None,
     ) -> None:
         super().__init__(save_dir, name, version, default_hp_metric=False)
+        self._claimed = version
+        self._lock: int | None = None  # an open file, while a fit writes into the folder
+
+    @property
+    def version(self) -> int | str:
+        """The number or name of the run; on the first process its folder is made for it alone."""
+        number = super().version if self._claimed is None else self._claimed
+        while self._claimed is None and rank_zero_only.rank == 0:
+            try:
+                Path(self.root_dir, self.name, f"version_{number}").mkdir(parents=True)
+                self._claimed = number
+            except FileExistsError:  # another run was faster
+                number = int(number) + 1
+        return number
+
+    @rank_zero_only
+    def lock(self) -> None:
+        """Keep other processes from continuing this run until `finalize`.
+
+        Raises:
+            OSError: If another process is writing into the folder.
+        """
+        if fcntl is None:  # Windows
+            return
+        Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(Path(self.log_dir, ".lock"), os.O_WRONLY | os.O_CREAT)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._unlock()
+            raise OSError(f"{self.log_dir} is being written by another run: wait for it") from error
 
     @rank_zero_only
     def log_points(self, points: list[tuple[int, dict[str, float]]]) -> None:
@@ -80,6 +116,12 @@ class RunLogger(TensorBoardLogger):
         self.experiment.flush()
         if status == "success":
             self.save()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None
 
     def events(self) -> dict[str, int]:
         """Flush, and return the event files of this run with their sizes in bytes."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 DESCRIPTION = """\
@@ -75,7 +76,7 @@ def _show(answers: list[dict[str, Any]]) -> None:
             print(f"error: {answer['file']}: {answer['error']}", file=sys.stderr)
         else:
             numbers = (f"{answer['score']:+.4f}", f"{answer['margin']:.4f}")
-            table.add_row(answer["file"], answer["answer"], *numbers)
+            table.add_row(escape(answer["file"]), answer["answer"], *numbers)
     if table.row_count:
         Console().print(table)
 

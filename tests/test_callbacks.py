@@ -26,6 +26,7 @@ from lightning_gd.callbacks.predictions import Predictions
 from lightning_gd.callbacks.progress import UpdateProgressBar
 from lightning_gd.callbacks.test_curve import TestCurve
 from lightning_gd.data.tensors import Table, TensorDataModule
+from lightning_gd.logger import RunLogger
 
 FOLDER = "a folder [bold]with brackets[/bold] and a name that is longer than a terminal is wide"
 
@@ -220,6 +221,26 @@ def test_histograms_and_the_progress_bar(make_trainer, tmp_path, capsys):
     (last,) = [line for line in capsys.readouterr().out.splitlines() if "Epoch" in line]
     assert "Epoch 9 " in last and "2/2" in last
     assert "train/loss:" in last and "v_num" not in last
+
+
+def test_weights_too_large_for_tensorboard_have_no_histogram(make_trainer, tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    trainer = make_trainer(max_steps=1, callbacks=[WeightHistograms()], logger=logger)
+    trainer.fit(LinearRegression(num_features=3, weight=[1e25] * 3).double(), datamodule=Rows())
+    assert EventAccumulator(logger.log_dir).Reload().Tags()["histograms"] == []
+
+
+def test_no_two_runs_write_into_one_folder(tmp_path):
+    """Each run makes its folder; one that is being written cannot be continued."""
+    runs = [RunLogger(str(tmp_path), "run") for _ in range(3)]
+    assert [run.version for run in runs] == [0, 1, 2]
+    runs[1].lock()
+    second = RunLogger(str(tmp_path), "run", 1)
+    with pytest.raises(OSError, match="version_1 is being written by another run"):
+        second.lock()
+    runs[1].finalize("success")
+    second.lock()
+    second.finalize("success")
 
 
 @pytest.mark.filterwarnings("ignore:.*val_dataloader")

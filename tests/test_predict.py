@@ -171,9 +171,9 @@ def folder(tmp_path, digits):
     """A folder with two good pictures, three damaged ones and a text."""
     good = tmp_path / "pictures"
     good.mkdir()
-    for name, digit in (("b.png", digits[0][3]), ("c.BMP", 255 - digits[0][4])):
+    for name, digit in (("b[red].png", digits[0][3]), ("c.BMP", 255 - digits[0][4])):
         Image.fromarray(digit).save(good / name)
-    whole = (good / "b.png").read_bytes()
+    whole = (good / "b[red].png").read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 255
     for name, data in (("cut", whole[:100]), ("flipped", flipped), ("empty", b"")):
@@ -190,13 +190,13 @@ def test_a_folder_is_answered_and_damaged_files_are_named(checkpoint, folder, ca
     named = [line.partition(".")[0] for line in err.splitlines()]
     assert named == [f"error: {folder / name}" for name in ("a", "cut", "empty", "flipped")]
     assert "notes" not in out
-    score = scorer(checkpoint)([read_digit(folder / "b.png")])[0]
-    for text in (folder / "b.png", folder / "c.BMP", f"{score:+.4f}", f"{abs(score):.4f}"):
+    score = scorer(checkpoint)([read_digit(folder / "b[red].png")])[0]
+    for text in (folder / "b[red].png", folder / "c.BMP", f"{score:+.4f}", f"{abs(score):.4f}"):
         assert str(text) in out
 
 
 def test_json_is_for_machines(checkpoint, folder, capsys):
-    files = [str(folder / name) for name in ("c.BMP", "b.png", "none.png")]
+    files = [str(folder / name) for name in ("c.BMP", "b[red].png", "none.png")]
     assert predict.main(["--json", "--checkpoint", checkpoint, *files]) == 1
     answers = json.loads(capsys.readouterr().out)
     assert [answer["file"] for answer in answers] == files

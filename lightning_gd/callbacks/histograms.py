@@ -5,12 +5,14 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+LARGEST = 1e20  # the last bin of TensorBoard
+
 
 class WeightHistograms(Callback):
     """Writes a histogram of every parameter to TensorBoard.
 
     At the start, after 1, 2, 4, 8, … epochs and at the end of the fit. Parameters of one number,
-    or with numbers that are not finite, have none.
+    or with numbers beyond 10²⁰, which TensorBoard cannot count, have none.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -28,7 +30,7 @@ class WeightHistograms(Callback):
         for board in boards(trainer):
             for name, parameter in pl_module.named_parameters():
                 values = parameter.detach().float()
-                if values.numel() > 1 and values.isfinite().all():
+                if values.numel() > 1 and values.abs().max() < LARGEST:  # also none that is nan
                     board.add_histogram(f"weights/{name}", values, trainer.global_step)
 
 
