@@ -12,7 +12,7 @@ from pathlib import Path
 from traceback import print_exception
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
-VERBS = ("fit", "validate", "test", "predict")
+VERBS = ("fit", "validate", "test", "predict", "check")
 DEFAULT = "parity"
 
 # What is left out of the parser's message on a value that fits none of several types.

@@ -24,9 +24,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lightning_gd
+from lightning_gd.callbacks.gradient_check import draw
 from lightning_gd.checkpoints import check_class, check_shapes, read
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.distributed import world_size
+from lightning_gd.gradcheck import check_gradients
 from lightning_gd.logger import RunLogger
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.resume import differences, find, run_of, settings_in
@@ -48,6 +50,7 @@ CALLBACKS = {  # the key of each on the command line
 TRAINER = {"enable_model_summary": False, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
 OPTIONAL = {"enable_checkpointing": Checkpoint, "enable_progress_bar": ProgressBar}
 LOGS = "lightning_logs"
+CHECKED = 32  # rows of the verb `check`
 UNAVOIDABLE = (  # warnings that no setting of the user would avoid
     ".*LeafSpec.* is deprecated",  # raised inside Lightning by a newer torch
     "`torch.jit.script` is deprecated",  # raised inside torch when torch.func is first used
@@ -165,6 +168,9 @@ class CommandLine(LightningCLI):
 
     def execute(self) -> None:
         """Run the verb."""
+        if self.verb == "check":
+            self._check()
+            return
         start = {"datamodule": self.datamodule, "ckpt_path": self.config.ckpt_path}
         if self.verb != "fit":
             getattr(self.trainer, self.verb)(self.model, **start)
@@ -185,6 +191,18 @@ class CommandLine(LightningCLI):
         if table is not None:
             table.add(metrics)
             table.show(self.trainer)
+
+    def _check(self) -> None:
+        """Print what the gradient check finds on some training rows; raise for a mistake."""
+        data: Any = self.datamodule
+        data.prepare_data()
+        data.setup("fit")
+        tables = isinstance(data, TensorDataModule)
+        batch = data.local("train") if tables else next(iter(data.train_dataloader()))
+        report = check_gradients(self.model, draw(batch, CHECKED, seed=0))
+        report.raise_if_wrong()
+        print(f"the gradient of {type(self.model).__name__} is that of loss:")
+        print(*report.lines(), sep="\n")
 
     def _has_test(self) -> bool:
         tables = tensor_data(self.trainer)

@@ -279,6 +279,29 @@ def test_the_verbs(three_updates, tmp_path, monkeypatch):
     assert (status, err) == (0, "") and "50.0" in out  # w = 0 on the last two: (6² + 8²) / 2
 
 
+WRONG = """
+from lightning_gd import LinearRegression
+
+class Doubled(LinearRegression):
+    def gradients(self, x, y):
+        r = self(x) - y
+        return {"weight": 2 * r @ x / len(r), "bias": 4 * r.mean()}
+"""
+
+
+def test_the_verb_check_trains_nothing(tmp_path, monkeypatch):
+    status, out, err = run("check", "--config", "parity")
+    assert (status, err) == (0, "")
+    first, *lines = out.splitlines()
+    assert first == "the gradient of ParityRegressor is that of loss:"
+    assert [line.partition(", ")[0] for line in lines] == ["weight: ok", "bias: ok"]
+    (tmp_path / "doubled.py").write_text(WRONG)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run("check", "--model", "doubled.Doubled", "--data", "PointsData")
+    assert (status, out) == (2, "") and "bias: 2 times the gradient of loss" in err
+    assert not list(tmp_path.rglob("version_*"))
+
+
 OWN = """
 import torch
 from torch.utils.data import DataLoader, TensorDataset

@@ -132,8 +132,7 @@ class GradientCheck(Callback):
         content = next((content for content in contents if _count(content)), None)
         if content is None or module.automatic_optimization:
             return GradientReport(())
-        drawn = torch.randperm(_count(content), generator=torch.Generator().manual_seed(step))
-        return check_gradients(module, _pick(content, drawn[: self.rows]), seed=step)
+        return check_gradients(module, draw(content, self.rows, seed=step), seed=step)
 
     def _reduced(
         self, trainer: Trainer, module: Any, contents: list[Any], least: float
@@ -187,6 +186,12 @@ def _content(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
         data: Any = tensor_data(trainer)
         return move_data_to_device(data.local("train"), module.device)
     return batch.content if isinstance(batch, DataBatch) else batch
+
+
+def draw(content: Any, rows: int, seed: int) -> Any:
+    """Return at most so many rows of a batch of any structure, drawn at random."""
+    order = torch.randperm(_count(content), generator=torch.Generator().manual_seed(seed))
+    return _pick(content, order[:rows])
 
 
 def _count(content: Any) -> int:
