@@ -1,7 +1,5 @@
 """The command line: verbs, experiments by name, exit codes. Lightning is imported only to run."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

@@ -1,7 +1,5 @@
 """LightningCLI with this package's callbacks and logger, and a way to continue a run."""
 
-from __future__ import annotations
-
 import atexit
 import inspect
 import logging

@@ -1,7 +1,5 @@
 """Which checkpoint a run continues from, and whose settings win."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Mapping

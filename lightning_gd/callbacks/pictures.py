@@ -1,7 +1,5 @@
 """Pictures at the end of a fit, as PNG files and in TensorBoard."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,7 +89,7 @@ class Pictures(Callback):
         for name, figure in drawn.items():
             self._publish(figure, name, trainer)
 
-    def _publish(self, figure: Figure, name: str, trainer: Trainer) -> None:
+    def _publish(self, figure: "Figure", name: str, trainer: Trainer) -> None:
         from matplotlib.image import imread
 
         assert self._folder is not None
@@ -102,7 +100,7 @@ class Pictures(Callback):
             board.add_image(f"pictures/{name}", imread(path), step, dataformats="HWC")
 
 
-def _of_model(module: GradientDescentModule) -> dict[str, Figure]:
+def _of_model(module: GradientDescentModule) -> "dict[str, Figure]":
     from lightning_gd import figures
 
     drawn, history = {}, module.curves.history
@@ -119,7 +117,7 @@ def _of_model(module: GradientDescentModule) -> dict[str, Figure]:
     return drawn
 
 
-def _of_digits(module: LightningModule, table: Table, worst: int) -> dict[str, Figure]:
+def _of_digits(module: LightningModule, table: Table, worst: int) -> "dict[str, Figure]":
     from lightning_gd import figures
 
     if table.raw.shape[1:] != (784,) or not (table.y.abs() == 1).all():
