@@ -61,8 +61,11 @@ class Updates:
     def __len__(self) -> int:
         return len(self.batches)
 
+    def __getitem__(self, number: int) -> Any:
+        return self.batches[number]
+
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.batches)
+        return (self[number] for number in range(len(self)))
 
     def to(self, device: torch.device | str) -> "Updates":
         """Move all batches to a device; one that occurs several times is moved once."""

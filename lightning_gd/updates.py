@@ -74,12 +74,14 @@ def _due(trainer: Trainer, interval: str) -> list[Any]:
 
     As in Lightning it counts epochs, or updates from the beginning of an epoch.
     """
+    configs = [c for c in trainer.lr_scheduler_configs if c.interval == interval]
+    if not configs:
+        return []
     loader, made = trainer.train_dataloader, trainer.current_epoch + 1
     if interval == "step":
         counts = isinstance(loader, CountsUpdates)
         per_epoch = loader.updates_per_epoch if counts else trainer.num_training_batches
         made = (trainer.global_step - 1) % per_epoch + 1
-    configs = [c for c in trainer.lr_scheduler_configs if c.interval == interval]
     return [c for c in configs if c.frequency == STEPPED_HERE or made % c.frequency == 0]
 
 

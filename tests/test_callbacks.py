@@ -230,8 +230,12 @@ def test_weights_too_large_for_tensorboard_have_no_histogram(make_trainer, tmp_p
     assert EventAccumulator(logger.log_dir).Reload().Tags()["histograms"] == []
 
 
-def test_no_two_runs_write_into_one_folder(tmp_path):
-    """Each run makes its folder; one that is being written cannot be continued."""
+def test_no_two_runs_write_into_one_folder(tmp_path, monkeypatch):
+    """Each run makes its folder, also where all found the same number free at the same moment.
+
+    One that is being written cannot be continued.
+    """
+    monkeypatch.setattr(TensorBoardLogger, "version", 0)
     runs = [RunLogger(str(tmp_path), "run") for _ in range(3)]
     assert [run.version for run in runs] == [0, 1, 2]
     runs[1].lock()

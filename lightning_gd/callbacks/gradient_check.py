@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_gd.batch import DataBatch, batches_of, call, is_current, tensors
+from lightning_gd.batch import DataBatch, Updates, batches_of, call, is_current, tensors
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum
 from lightning_gd.gradcheck import GradientError, GradientReport, check_gradients, check_reduced
@@ -65,7 +65,7 @@ class GradientCheck(Callback):
         self.checks = 0
         self.tested: dict[str, int] = {}
         self._first = -1  # the update that the first of the batches belongs to
-        self._batches: list[Any] = []
+        self._steps: list[Updates] = []
         self._skipped = ""  # why nothing is checked
 
     def summary(self) -> str:
@@ -88,9 +88,9 @@ class GradientCheck(Callback):
             warnings.warn(f"GradientCheck checks nothing: {reason}", stacklevel=2)
         self._skipped = reason
         if trainer.global_step != self._first:  # else they are accumulated over several steps
-            self._first, self._batches = trainer.global_step, []
+            self._first, self._steps = trainer.global_step, []
             self._keep_random_state(trainer, trainer.global_step)
-        self._batches.extend(batches_of(batch))
+        self._steps.append(batches_of(batch))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -111,7 +111,9 @@ class GradientCheck(Callback):
 
     def _check(self, trainer: Trainer, module: Any) -> None:
         step, every = trainer.global_step, module.batches_per_update
-        batches = self._batches[(step - self._first) * every :][:every]
+        kept = [(updates, k) for updates in self._steps for k in range(len(updates))]
+        # Only these are gathered from the table.
+        batches = [updates[k] for updates, k in kept[(step - self._first) * every :][:every]]
         contents = [_content(trainer, module, batch) for batch in batches]
         moments = any(isinstance(batch, MomentsBatch) for batch in batches)
         squares = LeastSquares.of(trainer, module) if moments else None

@@ -93,9 +93,9 @@ class GatheredUpdates(Updates):
         super().__init__(local_rows)
         self.table = table
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in self.batches:
-            yield self.table.x.index_select(0, rows), self.table.y.index_select(0, rows)
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        rows = self.batches[number]
+        return self.table.x.index_select(0, rows), self.table.y.index_select(0, rows)
 
     def to(self, device: torch.device | str) -> Updates:
         if torch.device(device) == self.table.y.device:
