@@ -53,7 +53,7 @@ class RunLogger(TensorBoardLogger):
         number = super().version if self._claimed is None else self._claimed
         while self._claimed is None and rank_zero_only.rank == 0:
             try:
-                Path(self.root_dir, self.name, f"version_{number}").mkdir(parents=True)
+                Path(self.root_dir, f"version_{number}").mkdir(parents=True)
                 self._claimed = number
             except FileExistsError:  # another run was faster
                 number = int(number) + 1

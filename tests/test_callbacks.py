@@ -238,6 +238,7 @@ def test_no_two_runs_write_into_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(TensorBoardLogger, "version", 0)
     runs = [RunLogger(str(tmp_path), "run") for _ in range(3)]
     assert [run.version for run in runs] == [0, 1, 2]
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "run", *(Path(run.log_dir) for run in runs)]
     runs[1].lock()
     second = RunLogger(str(tmp_path), "run", 1)
     with pytest.raises(OSError, match="version_1 is being written by another run"):

@@ -115,8 +115,8 @@ def test_resolve_takes_paths_and_leaves_help_alone(tmp_path, monkeypatch):
 
 
 UNKNOWN = {
-    "fitt": "unknown verb 'fitt': did you mean 'fit'? known: fit, validate, test, predict",
-    "xyz": "unknown verb 'xyz': known: fit, validate, test, predict",
+    "fitt": "unknown verb 'fitt': did you mean 'fit'? known: fit, validate, test, predict, check",
+    "xyz": "unknown verb 'xyz': known: fit, validate, test, predict, check",
     "--config liner": "unknown experiment 'liner': did you mean 'linear'? known: ",
     "fit --config=partiy": "unknown experiment 'partiy': did you mean 'parity'? known: ",
     "--config": "unknown experiment '': known: " + ", ".join(NAMES),

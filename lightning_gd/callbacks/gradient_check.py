@@ -1,5 +1,6 @@
 """Checks, during the fit, the formula and the gradient that the optimizer gets."""
 
+import math
 import warnings
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -66,6 +67,7 @@ class GradientCheck(Callback):
         self.tested: dict[str, int] = {}
         self._first = -1  # the update that the first of the batches belongs to
         self._steps: list[Updates] = []
+        self._due: float = math.inf  # the next update to check
         self._skipped = ""  # why nothing is checked
 
     def summary(self) -> str:
@@ -89,24 +91,26 @@ class GradientCheck(Callback):
         self._skipped = reason
         if trainer.global_step != self._first:  # else they are accumulated over several steps
             self._first, self._steps = trainer.global_step, []
-            self._keep_random_state(trainer, trainer.global_step)
+            self._look_ahead(trainer, trainer.global_step)
         self._steps.append(batches_of(batch))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Check the gradient of this update before the weights change."""
-        if self._is_due(trainer, trainer.global_step):
+        step = trainer.global_step
+        if step == self._due:
             with isolate_rng():
                 self._check(trainer, pl_module)
-        self._keep_random_state(trainer, trainer.global_step + 1)
+        if step + 1 >= self._due:
+            self._look_ahead(trainer, step + 1)
 
-    def _is_due(self, trainer: Trainer, step: int) -> bool:
-        due = step in EARLY or step % self.every_n_updates == 0 or step == trainer.max_steps - 1
-        return due and not self._skipped
-
-    def _keep_random_state(self, trainer: Trainer, step: int) -> None:
-        if self._is_due(trainer, step):
+    def _look_ahead(self, trainer: Trainer, step: int) -> None:
+        """Find the next update to check, and keep the random state if it is this one."""
+        n, last = self.every_n_updates, trainer.max_steps - 1
+        due = [k for k in (*EARLY, -(-step // n) * n, last) if k >= step and not self._skipped]
+        self._due = min(due, default=math.inf)
+        if step == self._due:
             self._random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
 
     def _check(self, trainer: Trainer, module: Any) -> None:
