@@ -17,7 +17,7 @@ from lightning_gd.updates import (
     step_schedulers,
 )
 
-KEPT = 2**22  # numbers of the gradients of one step, kept until its curves are written
+MOST_NUMBERS = 2**22  # of the gradients of one step, kept until its curves are written
 Gradients = dict[str, Tensor]
 
 
@@ -96,7 +96,9 @@ class GradientDescentModule(ConfiguredModule):
             trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
             parameters = list(trained.values())
             size = sum(p.numel() for p in parameters) * len(batches)
-            self._keeps_gradients = size <= KEPT and self.hparams["gradient_clip_val"] is None
+            self._keeps_gradients = (
+                size <= MOST_NUMBERS and self.hparams["gradient_clip_val"] is None
+            )
             for content, due in zip(batches, self._due(len(batches), batch_idx), strict=True):
                 self._add_local_gradients(as_batch(content), trained)
                 if due:
@@ -126,8 +128,10 @@ class GradientDescentModule(ConfiguredModule):
         (loss, *gradients), rows = self._mean.reduce()
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
-        # The norms of many gradients are computed together, where they need little memory.
-        record_update(self, loss, rows, gradients if self._keeps_gradients else self.clip(trained))
+        # Norms are computed together where copies need little memory. Without a copy, a gradient in
+        # the memory of its parameter, or in that of the one before, would change until then.
+        kept = [g.clone() for g in gradients] if self._keeps_gradients else self.clip(trained)
+        record_update(self, loss, rows, kept)
         optimizer.step()  # Lightning's: it counts `global_step` and calls the callbacks
         step_schedulers(self, "step")
         step_plateaus(self, "step", loss)

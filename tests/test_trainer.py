@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from test_modes import CLOSE, MODES, SETTINGS, RandomRows, Rows, line, normal
 
 from lightning_gd import LinearRegression, PointsData, TestCurve
+from lightning_gd.configured import UNUSED
 from lightning_gd.settings import check_trainer
 
 FOUR = {"batch_size": 5, "num_val": 3}  # 4 batches per epoch, and validation
@@ -184,23 +185,23 @@ def test_a_stopped_run_resumes_to_the_bit(make_trainer, tmp_path, modes, schedul
         same_from(stop, resumed, whole, **close)
 
 
-# The second ModelCheckpoint writes elsewhere: Lightning says that it forgets the first's scores.
 def test_a_run_in_float64_resumes_to_the_bit(make_trainer, tmp_path):
     """Weights are not rounded to float32 on their way from the checkpoint."""
-    found = []
-    for stop in (9, 5):
-        path, data = tmp_path / f"{stop}.ckpt", {"passes_per_epoch": 9}
+
+    def run(stop, ckpt_path=None):
         trainer = make_trainer(max_steps=stop, precision="64-true")
         model = LinearRegression(num_features=3, lr=0.02, momentum=0.9)
-        trainer.fit(model, datamodule=RandomRows(**data))
-        trainer.save_checkpoint(path)
-        found.append(model.weight.detach())
-    trainer = make_trainer(max_steps=9, precision="64-true")
-    model = LinearRegression(num_features=3, lr=0.02, momentum=0.9)
-    trainer.fit(model, datamodule=RandomRows(**data), ckpt_path=path)
-    assert model.weight.dtype == torch.float64 and torch.equal(model.weight, found[0])
+        trainer.fit(model, datamodule=RandomRows(passes_per_epoch=9), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / f"{stop}.ckpt")
+        return model.weight
+
+    whole = run(9)
+    run(5)
+    resumed = run(9, tmp_path / "5.ckpt")
+    assert resumed.dtype == torch.float64 and torch.equal(resumed, whole)
 
 
+# The second ModelCheckpoint writes elsewhere: Lightning says that it forgets the first's scores.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("gradient", MODES)
 @pytest.mark.parametrize("data", [FOUR, {"passes_per_epoch": 6}], ids=str)
@@ -239,6 +240,23 @@ def test_curves_count_updates(make_trainer, tmp_path):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter -= 0.02 * gradients[name]
+
+
+class Shrinking(LinearRegression):
+    """L = ½‖w‖², with a gradient in the memory of the parameter."""
+
+    def loss(self, x, y):
+        return self.weight.square().sum() / 2
+
+    def gradients(self, x, y):
+        return {"weight": self.weight.detach(), "bias": torch.zeros_like(self.bias)}
+
+
+def test_a_recorded_norm_is_that_before_the_update(make_trainer):
+    model = Shrinking(num_features=3, lr=0.5, weight=[2.0, 1.0, 2.0])
+    data = RandomRows(passes_per_epoch=8, updates_per_step=8)
+    make_trainer(max_steps=8).fit(model.double(), datamodule=data)
+    assert model.curves.history["gradient_norm"][1] == [3 * 0.5**k for k in range(8)]
 
 
 class Branching(LinearRegression):
@@ -330,7 +348,7 @@ def test_settings_without_a_plain_form_are_asked_for(make_trainer, tmp_path):
 # Refusals
 
 
-@pytest.mark.parametrize("hook", ["optimizer_step", "lr_scheduler_step"])
+@pytest.mark.parametrize("hook", UNUSED)
 def test_a_hook_that_explicit_mode_does_not_call_is_refused(make_trainer, hook):
     kind = type("Hooked", (LinearRegression,), {hook: lambda *args, **named: None})
     with pytest.raises(ValueError, match=f"Hooked overrides {hook}"):
