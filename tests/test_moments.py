@@ -54,6 +54,9 @@ def test_bytes_are_bit_for_bit_exact_also_under_autocast(n, high):
     mean, cov = exact(x, y)
     assert m.n == n and torch.equal(m.mean, mean) and torch.equal(m.cov, cov)
     assert m.cov[:5].abs().max() == 0
+    a = torch.randn(64, 64)
+    # float32 products again have 7 digits, not the 2 of bfloat16.
+    torch.testing.assert_close(a @ a, (a.double() @ a.double()).float(), rtol=1e-4, atol=1e-4)
 
 
 DTYPES = "float64 float32 float16 bfloat16 uint8 int32 uint16".split()
