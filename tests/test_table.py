@@ -102,7 +102,11 @@ PLACED = [
     ("a,b,y\n1,2,3,4\n4,5,6,7\n", {}, "cannot be read as a table: "),
     (b"a,b,y\n1,2,\xe4\n", {}, "is not a text file in UTF-8"),
     ("a,b,y\n1,2,3\n", {}, "test_fraction=0.2 leaves no row"),
-    (ROWS, {"test_fraction": 1}, "test_fraction=1 must be below 1"),
+    (
+        ROWS,
+        {"test_fraction": 1},
+        "test_fraction=1 must be a finite number of at least 0 and below 1",
+    ),
     (ROWS, {"test_fraction": -0.5}, "test_fraction=-0.5 must be a finite number"),
     (ROWS, {"separator": ", "}, "separator=', ' must be one character"),
     (ROWS, {"num_val": 4}, "num_val=4 leaves no row to train on: there are 4"),

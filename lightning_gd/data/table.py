@@ -54,9 +54,7 @@ class TableData(TensorDataModule):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        number("test_fraction", test_fraction, least=0)
-        if test_fraction >= 1:
-            raise ValueError(f"test_fraction={test_fraction!r} must be below 1: rows must be left")
+        number("test_fraction", test_fraction, least=0, below=1)
         if len(separator) != 1:
             raise ValueError(f"separator={separator!r} must be one character, such as ',' or ';'")
         path = str(LONGLEY) if path == "longley" else path
