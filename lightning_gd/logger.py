@@ -63,10 +63,12 @@ class RunLogger(TensorBoardLogger):
     def lock(self) -> None:
         """Keep other processes from continuing this run until `finalize`.
 
+        On Windows, and where the file system knows no locks, nothing happens.
+
         Raises:
             OSError: If another process is writing into the folder.
         """
-        if fcntl is None:  # Windows
+        if fcntl is None:
             return
         Path(self.log_dir).mkdir(parents=True, exist_ok=True)
         self._lock = os.open(Path(self.log_dir, ".lock"), os.O_WRONLY | os.O_CREAT)
@@ -75,6 +77,8 @@ class RunLogger(TensorBoardLogger):
         except BlockingIOError as error:
             self._unlock()
             raise OSError(f"{self.log_dir} is being written by another run: wait for it") from error
+        except OSError:  # no locks there
+            self._unlock()
 
     @rank_zero_only
     def log_points(self, points: list[tuple[int, dict[str, float]]]) -> None:
