@@ -110,11 +110,9 @@ def _keys(value: Any) -> set[str]:
     """Return the keys of all dicts in a value."""
     if isinstance(value, dict):
         return {*value, *_keys(list(value.values()))}
-    return (
-        {key for part in value for key in _keys(part)}
-        if isinstance(value, (list, tuple))
-        else set()
-    )
+    if isinstance(value, (list, tuple)):
+        return {key for part in value for key in _keys(part)}
+    return set()
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -195,19 +193,17 @@ def _sync_folder(folder: Path) -> None:
 def _plain(value: Any) -> Any:
     """Return a value that `read` loads again; `...` for one that has no plain form."""
     if isinstance(value, Mapping):
-        kept: Any = {str(key): _plain(entry) for key, entry in value.items()}
-        return ... if any(entry is ... for entry in kept.values()) else kept
+        parts = [_plain(entry) for entry in value.values()]
+        return ... if _lacks(parts) else dict(zip(map(str, value), parts, strict=True))
     if isinstance(value, (list, tuple)):
-        kept = [_plain(entry) for entry in value]
-        return (
-            ...
-            if any(entry is ... for entry in kept)
-            else tuple(kept)
-            if isinstance(value, tuple)
-            else kept
-        )
+        parts = [_plain(entry) for entry in value]
+        return ... if _lacks(parts) else tuple(parts) if isinstance(value, tuple) else parts
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Path):
         return str(value)
     return value if value is None or type(value) in (bool, int, float, str, Tensor) else ...
+
+
+def _lacks(parts: list[Any]) -> bool:
+    return any(part is ... for part in parts)  # `in` would compare tensors

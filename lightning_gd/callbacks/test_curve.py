@@ -45,21 +45,22 @@ class TestCurve(Callback):
         self._kept: list[tuple[int, dict[str, Tensor]]] = []  # updates made, weights
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data, loader, self._batch = tensor_data(trainer), trainer.train_dataloader, None
+        data, loader = tensor_data(trainer), trainer.train_dataloader
+        self._batch, self._kept = None, []
         if data and "test" in data.tables and isinstance(pl_module, GradientDescentModule):
             self._batch = data.whole("test").to(pl_module.device)
             rows = next(pl_module.parameters()).new_tensor(float(self._batch.rows(pl_module)))
             self._fraction = float(rows / reduce_sum(rows.clone()))
-            self._every, self._stacks = self.every_n_updates or 1, True
+            size = sum(p.numel() for p in pl_module.parameters())
+            self._every, self._most = self.every_n_updates or 1, min(TOGETHER, NUMBERS // size)
             if isinstance(loader, GlobalBatches) and not (self.every_n_updates or data.full_batch):
                 self._every = loader.updates_per_epoch
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        size = max(1, sum(p.numel() for p in pl_module.parameters()))
-        several = self._batch is not None and self._stacks and len(batches_of(batch)) > 1
-        self._together = min(TOGETHER, NUMBERS // size) if several else 1
+        if self._batch is not None:
+            self._together = self._most if len(batches_of(batch)) > 1 else 1
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: GradientDescentModule, optimizer: Optimizer
@@ -93,7 +94,7 @@ class TestCurve(Callback):
             try:
                 return vmap(lambda w: functional_call(loss, w))(stacked)
             except RuntimeError:  # not every loss can be computed at stacked weights
-                self._stacks, self._together = False, 1
+                self._most = self._together = 1
         return torch.stack([functional_call(loss, w) for w in weights])
 
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from lightning_gd.batch import call, tensors
 
-FLOAT64 = 1024 * torch.finfo(torch.float64).eps  # per term of a sum: mistakes are far larger
+# Rounding per term of a sum, relative to the gradient. Terms that cancel are larger than it: 16 eps
+# were exceeded by 3 of 19,000 random models. Mistakes are 1e-3 and more.
+FLOAT64 = 1024 * torch.finfo(torch.float64).eps
 LENGTHS = [8.0**power for power in range(-7, 3)]  # tried for a random step
 
 Weights = dict[str, Tensor]
