@@ -2,51 +2,61 @@
 
 import math
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_utilities import apply_to_collection
-from torch import Tensor
-from torch.nn import Parameter
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gd.batch import DataBatch, Updates, batches_of, call, is_current, tensors
+from lightning_gd.batch import DataBatch, batches_of, call, is_current, tensors
 from lightning_gd.data.tensors import tensor_data
-from lightning_gd.distributed import reduce_sum
-from lightning_gd.gradcheck import GradientError, GradientReport, check_gradients, check_reduced
-from lightning_gd.gradcheck.diagnosis import largest
-from lightning_gd.leastsquares import LeastSquares
+from lightning_gd.distributed import reduce_sum, world_size
+from lightning_gd.gradcheck.bench import Loss, RandomState, Weights, converted, twin
+from lightning_gd.gradcheck.check import check_formula, loss_of_step
+from lightning_gd.gradcheck.delivered import Delivery, Part, check_delivered
+from lightning_gd.gradcheck.report import GradientError, GradientReport
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.moments import MomentsBatch
 from lightning_gd.settings import one_of, whole_number
 
 EARLY = (0, 1, 10, 100)  # updates that are always checked
-SAFETY = 16  # times the rounding eps of a sum
-PARTS, PART = 4, 32  # whose gradients tell how large the summed terms are, and rows of each
+STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+EPS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class GradientCheck(Callback):
     """Checks the formula, and the gradient that the optimizer gets, at single updates.
 
     These are the updates 0, 1, 10, 100, every `every_n_updates`, and the last one of `max_steps`.
-    In explicit mode `check_gradients` compares the formula with autograd on a few random rows.
-    In both modes `p.grad` is compared with autograd on the rows of all processes, which shows a
-    missing reduction. The largest relative error is logged as `gradcheck/<parameter>`. Nothing
-    in the run changes. Where nothing can be checked, a warning says so: for a module that is not
-    a GradientDescentModule, and with the Trainer's `accumulate_grad_batches`. `checks` counts the
-    checks of this fit, `tested` those that found the gradient of each parameter above rounding.
+    In explicit mode the formula is compared with autograd on a few random rows. Of any other
+    LightningModule, autograd through its `training_step`, with every hand-written `backward` in
+    it, is compared with differences of the loss. Then `p.grad`, before it is clipped, is compared
+    with the gradient on the batches of the update on all processes, which shows a missing
+    reduction. See `check_gradients` and `check_delivered` for the bounds.
+
+    The largest relative error is logged as `gradcheck/<parameter>`; nothing else in the run
+    changes. `checks` counts the checks of this fit, `tested` those that found the gradient of
+    each parameter above rounding.
 
     Args:
         every_n_updates: Updates from one check to the next.
-        rows: Local rows on which the formula is checked.
+        rows: Local rows on which the formula of a GradientDescentModule is checked.
         on_error: `stop` raises and ends the run, `warn` goes on.
+        loss: For manual optimization: the loss whose gradient is in `p.grad`, as a method of the
+            module that takes the batch, or a function of the module and the batch; with several
+            optimizers a list of them.
+        reference: The same function made of plain operations, which is differentiated instead.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or the module cannot be checked.
         GradientError: During a fit, on all processes, with the parameter and its mistake.
     """
 
@@ -55,20 +65,24 @@ class GradientCheck(Callback):
         every_n_updates: int = 1000,
         rows: int = 8,
         on_error: Literal["stop", "warn"] = "stop",
+        loss: str | Callable[..., Any] | list[str | Callable[..., Any]] | None = None,
+        reference: Callable[..., Any] | None = None,
     ) -> None:
         whole_number("every_n_updates", every_n_updates, 1)
         whole_number("rows", rows, 1)
         one_of("on_error", on_error, ("stop", "warn"))
         self.every_n_updates, self.rows, self.on_error = every_n_updates, rows, on_error
+        self.loss, self.reference = loss, reference
         self._begin()
 
     def _begin(self) -> None:
         self.checks = 0
         self.tested: dict[str, int] = {}
-        self._first = -1  # the update that the first of the batches belongs to
-        self._steps: list[Updates] = []
-        self._due: float = math.inf  # the next update to check
-        self._skipped = ""  # why nothing is checked
+        self._first = -1  # `global_step` before the first of the batches kept
+        self._steps: list[tuple[Any, Any, int, RandomState]] = []  # batch, its copy, index, state
+        self._due: float = math.inf  # the number of the next update to check
+        self._before: nn.Module | None = None  # the module before the update
+        self._said: set[str] = set()
 
     def summary(self) -> str:
         """Return one line on the whole fit: how many checks, and what they could not test."""
@@ -79,96 +93,170 @@ class GradientCheck(Callback):
         return f"{checks}, {f'not tested: {missed}' if missed else 'all parameters tested'}"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a module that cannot be checked."""
         self._begin()
+        name, own = type(pl_module).__name__, isinstance(pl_module, GradientDescentModule)
+        reason = ""
+        if type(trainer.strategy).__name__ not in STRATEGIES:
+            reason = f"{type(trainer.strategy).__name__} shards its parameters: use ddp"
+        elif not (own or pl_module.automatic_optimization or self.loss):
+            reason = "it optimizes manually: give GradientCheck(loss=...), a method or a function"
+        elif world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules()):
+            reason = "SyncBatchNorm communicates in the forward pass: check it on one process"
+        if reason:
+            raise ValueError(f"GradientCheck cannot check {name}: {reason}")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the batches of the next updates, and the random state before the first."""
-        reason = _reason_to_skip(trainer, pl_module)
-        if reason and not self._skipped:
-            warnings.warn(f"GradientCheck checks nothing: {reason}", stacklevel=2)
-        self._skipped = reason
+        """Keep the batches of an update that is about to be checked, and the state before it."""
+        own = isinstance(pl_module, GradientDescentModule)
         if trainer.global_step != self._first:  # else they are accumulated over several steps
             self._first, self._steps = trainer.global_step, []
-            self._look_ahead(trainer, trainer.global_step)
-        self._steps.append(batches_of(batch))
+            self._before = None
+            self._look_ahead(trainer, pl_module, trainer.global_step)
+        last = self._number(trainer, pl_module, trainer.global_step + len(batches_of(batch)) - 1)
+        if last >= self._due:
+            copied = batch if own else converted(batch, None)
+            self._steps.append((batch, copied, batch_idx, RandomState.now()))
+            if self._before is None and not own:
+                self._before = twin(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Check the gradient of this update before the weights change."""
         step = trainer.global_step
-        if step == self._due:
-            with isolate_rng():
-                self._check(trainer, pl_module)
-        if step + 1 >= self._due:
-            self._look_ahead(trainer, step + 1)
+        if self._number(trainer, pl_module, step) == self._due and self._steps:
+            self._check(trainer, pl_module, optimizer)
+        if self._number(trainer, pl_module, step + 1) >= self._due:
+            self._look_ahead(trainer, pl_module, step + 1)
 
-    def _look_ahead(self, trainer: Trainer, step: int) -> None:
+    def _number(self, trainer: Trainer, module: LightningModule, step: int) -> int:
+        """Return the number of an update; in manual optimization every optimizer makes a part."""
+        parts = 1 if module.automatic_optimization else max(1, len(trainer.optimizers))
+        return step // parts
+
+    def _look_ahead(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """Find the next update to check, and keep the random state if it is this one."""
-        n, last = self.every_n_updates, trainer.max_steps - 1
-        due = [k for k in (*EARLY, -(-step // n) * n, last) if k >= step and not self._skipped]
+        now = self._number(trainer, module, step)
+        n, last = self.every_n_updates, self._number(trainer, module, trainer.max_steps - 1)
+        due = [k for k in (*EARLY, -(-now // n) * n, last) if k >= now]
         self._due = min(due, default=math.inf)
-        if step == self._due:
-            self._random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        if now == self._due:
+            self._state = RandomState.now()
 
-    def _check(self, trainer: Trainer, module: Any) -> None:
-        step, every = trainer.global_step, module.batches_per_update
-        kept = [(updates, k) for updates in self._steps for k in range(len(updates))]
-        # Only these are gathered from the table.
-        batches = [updates[k] for updates, k in kept[(step - self._first) * every :][:every]]
-        contents = [_content(trainer, module, batch) for batch in batches]
-        moments = any(isinstance(batch, MomentsBatch) for batch in batches)
-        squares = LeastSquares.of(trainer, module) if moments else None
-        reports = [self._formula(module, contents, step)]
-        if not self._is_wrong(trainer, module, reports[0]):
-            least = squares.term_size() if squares else 0.0
-            reports.append(self._reduced(trainer, module, contents, least))
-            self._is_wrong(trainer, module, reports[1])
-        self.checks += 1
-        errors: dict[str, float] = {}
-        for p in (parameter for report in reports for parameter in report.parameters):
-            errors[p.name] = max(p.relative_error, errors.get(p.name, 0.0))
-            self.tested[p.name] = self.tested.get(p.name, 0) + p.tested
-        module.curves.record(step, {f"gradcheck/{name}": e for name, e in errors.items()})
+    def _check(self, trainer: Trainer, module: Any, optimizer: Optimizer) -> None:
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        named = {n: p for n, p in module.named_parameters() if id(p) in trained and p.requires_grad}
+        zero = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
+        if trainer.precision == "16-mixed" and not all(g.isfinite().all() for g in zero.values()):
+            self._due += 1  # the scaler skips this update
+            return
+        with _muted(trainer):
+            before = self._as_it_was(module)
+            parts = self._parts(trainer, module, trainer.optimizers.index(optimizer))
+            report, trusted = self._formula(trainer, module, before, parts, set(named))
+            reports = [report]
+            if not self._is_wrong(trainer, report):
+                delivery = self._delivery(trainer, module, parts, zero)
+                agree = partial(_agree, device=module.device)
+                reports.append(check_delivered(before, delivery, agree, agree(trusted)))
+                self._is_wrong(trainer, reports[1])
+        self._record(trainer, module, reports)
 
-    def _formula(self, module: Any, contents: list[Any], step: int) -> GradientReport:
-        """Check the formula on random rows; nothing on a process without rows."""
-        content = next((content for content in contents if _count(content)), None)
-        if content is None or module.automatic_optimization:
-            return GradientReport(())
-        return check_gradients(module, draw(content, self.rows, seed=step), seed=step)
+    def _as_it_was(self, module: Any) -> nn.Module:
+        """Return the module before the update, with its present weights."""
+        if self._before is None:
+            return module
+        with torch.no_grad():
+            for old, new in zip(self._before.parameters(), module.parameters(), strict=True):
+                old.copy_(new)
+        return self._before
 
-    def _reduced(
-        self, trainer: Trainer, module: Any, contents: list[Any], least: float
-    ) -> GradientReport:
-        """Check p.grad against autograd on all rows, up to 16 eps √(N + D) · largest term."""
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        torch.set_rng_state(self._random[0])
-        torch.cuda.set_rng_state_all(self._random[1])
-        # Not by the reduction that is checked.
-        sums = reduce_sum(_local_sums(module, list(trained.values()), contents))
-        sizes = [*(p.numel() for p in trained.values()), len(trained), 1, 1]
-        *pieces, scales, total, rows = sums.split(sizes)
-        means = [(s / total).view_as(p) for s, p in zip(pieces, trained.values(), strict=True)]
-        if not module.automatic_optimization:  # p.grad is already clipped
-            module.clip([SimpleNamespace(grad=mean) for mean in means])
-        mixed = trainer.precision == "bf16-mixed" and module.automatic_optimization
-        eps = torch.finfo(torch.bfloat16 if mixed else sums.dtype).eps
-        # N rows and D numbers: rounding errors of independent sign add up like a random walk.
-        walks = (rows + scales.new_tensor(sizes[:-3])).sqrt()
-        bounds = SAFETY * eps * walks * (scales / total).clamp(min=least)
-        return check_reduced(
-            dict(zip(trained, means, strict=True)),
-            {name: p.grad for name, p in trained.items() if p.grad is not None},
-            dict(zip(trained, bounds.tolist(), strict=True)),
-            trainer.world_size,
-        )
+    def _parts(self, trainer: Trainer, module: Any, number: int) -> list[Part]:
+        """Return the local batches of this update, and how to ask for their loss."""
+        own, explicit = _kind(module)
+        kept = [
+            (batch_of, k, index, None if k else state)
+            for _, copied, index, state in self._steps
+            for batch_of in [batches_of(copied)]
+            for k in range(len(batch_of))
+        ]
+        if explicit:  # only these are gathered from the table
+            every = module.batches_per_update
+            kept = kept[(trainer.global_step - self._first) * every :][:every]
+        parts = []
+        for i, (batches, k, index, state) in enumerate(kept):
+            content = _content(trainer, module, batches[k])
+            weight = module.rows(content) if own else 1.0
+            state = (self._state if not i else None) if explicit else state
+            parts.append(Part(content, self._loss(module, number, index), weight, state))
+        return parts
 
-    def _is_wrong(self, trainer: Trainer, module: Any, report: GradientReport) -> bool:
+    def _loss(self, module: Any, number: int, batch_idx: int) -> Loss:
+        """Return how to ask the module, or a copy of it, for the loss of a batch."""
+        if self.reference is not None:
+            return self.reference
+        own, explicit = _kind(module)
+        given = self.loss[number] if isinstance(self.loss, list) else self.loss
+        if isinstance(given, str):
+            return lambda model, batch: getattr(model, given)(batch)
+        if given is not None:
+            return given
+        if not own:
+            return lambda model, batch: loss_of_step(model, batch, batch_idx)
+        # Unless one forward pass serves both, `gradients` draws random numbers after `loss`.
+        if explicit and not is_current(type(module), "loss_and_gradients"):
+            return lambda model, batch: [call(model.loss, batch), call(model.loss, batch)][1]
+        return lambda model, batch: call(model.loss, batch)
+
+    def _formula(
+        self, trainer: Trainer, module: Any, before: nn.Module, parts: list[Part], names: set[str]
+    ) -> tuple[GradientReport, bool]:
+        """Check the formula, or a hand-written backward; nothing on a process without rows."""
+        own, explicit = _kind(module)
+        part = next((part for part in parts if part.weight), None)
+        if part is None:
+            return GradientReport(()), True
+        step = trainer.global_step
+        batch = draw(part.batch, self.rows, seed=step) if own else part.batch
+        state = RandomState.seeded(step) if own else part.state or self._state
+        loss = part.loss
+        if explicit:
+            loss = _own_loss
+        report = check_formula(before, batch, loss, state, explicit)
+        kept = tuple(p for p in report.parameters if p.name in names or explicit)
+        if report.note:
+            self._say(report.note)
+        return GradientReport(kept, report.note), explicit or not report.functions
+
+    def _delivery(
+        self, trainer: Trainer, module: Any, parts: list[Part], gradients: Weights
+    ) -> Delivery:
+        own, explicit = _kind(module)
+        short = EPS.get(str(trainer.precision))
+        dtype = short if short and not explicit else next(iter(gradients.values())).dtype
+        batches = len(parts) if explicit else trainer.accumulate_grad_batches
+
+        def mean(sums: Tensor) -> Tensor:
+            if explicit:
+                sums = sums.sum(0, keepdim=True)
+            sums = reduce_sum(sums)
+            flat = (sums[:, :-1] / sums[:, -1:]).sum(0) / (1 if explicit else batches)
+            if explicit:  # p.grad is already clipped
+                pieces = flat.split([g.numel() for g in gradients.values()])
+                module.clip([SimpleNamespace(grad=piece) for piece in pieces])
+            return flat
+
+        known = {"processes": trainer.world_size, "accumulated batches": batches}
+        context = nullcontext if explicit else trainer.precision_plugin.forward_context
+        eps, replayed = torch.finfo(dtype).eps, not explicit
+        return Delivery(gradients, parts, mean, known, context, eps, replayed)
+
+    def _is_wrong(self, trainer: Trainer, report: GradientReport) -> bool:
         # All processes stop together, or one would wait for the others for ever.
-        if not reduce_sum(torch.tensor(float(not report.ok), device=module.device)):
+        if _agree(report.ok, trainer.strategy.root_device):
             return False
         text = "found on another process" if report.ok else "\n".join(report.lines())
         message = f"gradient check at update {trainer.global_step}:\n{text}"
@@ -177,13 +265,51 @@ class GradientCheck(Callback):
         warnings.warn(message, stacklevel=2)
         return True
 
+    def _record(self, trainer: Trainer, module: Any, reports: list[GradientReport]) -> None:
+        self.checks += 1
+        errors: dict[str, float] = {}
+        missed = {p.name for report in reports for p in report.parameters if not p.tested}
+        for p in (parameter for report in reports for parameter in report.parameters):
+            errors[p.name] = max(p.relative_error, errors.get(p.name, 0.0))
+        for name in errors:
+            self.tested[name] = self.tested.get(name, 0) + (name not in missed)
+        values = {f"gradcheck/{name}": error for name, error in errors.items()}
+        if isinstance(module, GradientDescentModule):
+            module.curves.record(trainer.global_step, values)
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics(values, trainer.global_step)
 
-def _reason_to_skip(trainer: Trainer, module: LightningModule) -> str:
-    if not isinstance(module, GradientDescentModule):
-        return f"{type(module).__name__} is not a GradientDescentModule"
-    batches = trainer.accumulate_grad_batches
-    words = f"accumulate_grad_batches={batches} of the Trainer averages batches, not rows"
-    return words if batches > 1 else ""
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(f"GradientCheck: {text}", stacklevel=2)
+
+
+def _kind(module: Any) -> tuple[bool, bool]:
+    """Tell whether a module is a GradientDescentModule, and in explicit mode."""
+    own = isinstance(module, GradientDescentModule)
+    return own, own and not module.automatic_optimization
+
+
+def _own_loss(model: Any, batch: Any) -> Tensor:
+    return call(model.loss, batch)
+
+
+def _agree(holds: bool, device: torch.device) -> bool:
+    """Tell whether something holds on every process."""
+    return not reduce_sum(torch.tensor(float(not holds), device=device))
+
+
+@contextmanager
+def _muted(trainer: Trainer) -> Iterator[None]:
+    """Give the module no logger inside a `with` block."""
+    loggers, silent = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
+    trainer.loggers = silent  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 def _content(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
@@ -196,47 +322,10 @@ def _content(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
 
 def draw(content: Any, rows: int, seed: int) -> Any:
     """Return at most so many rows of a batch of any structure, drawn at random."""
-    order = torch.randperm(_count(content), generator=torch.Generator().manual_seed(seed))
-    return _pick(content, order[:rows])
+    count = len(next(tensors(content)))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:rows]
 
+    def pick(values: Tensor) -> Tensor:
+        return values[order.to(values.device)] if values.shape[:1] == (count,) else values
 
-def _count(content: Any) -> int:
-    return len(next(tensors(content)))
-
-
-def _pick(content: Any, rows: Tensor | slice) -> Any:
-    """Return some rows of every tensor that has as many as the first."""
-    count = _count(content)
-    return apply_to_collection(content, Tensor, lambda t: t[rows] if t.shape[:1] == (count,) else t)
-
-
-def _local_sums(module: Any, trained: list[Parameter], contents: list[Any]) -> Tensor:
-    """Return Σ n·(gradient, size of its terms, 1) over the local batches, and Σ rows, flat."""
-    sums = trained[0].new_zeros(sum(p.numel() for p in trained) + len(trained) + 2)
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    for content in contents:
-        n, count = module.rows(content), _count(content)
-        if not n:
-            continue
-        terms = [gradients := _autograd(module, trained, content)]
-        parts = max(1, min(PARTS, count // 2))
-        with isolate_rng():
-            for k in range(parts):
-                part = _pick(content, slice(k, PART * parts, parts))
-                terms.append(_autograd(module, trained, part))
-        scales = [max(map(largest, column)) for column in zip(*terms, strict=True)]
-        means = torch.cat([*map(torch.flatten, gradients), sums.new_tensor([*scales, 1.0])])
-        sums += torch.cat([n * means, sums.new_tensor([count])])
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
-    return sums
-
-
-def _autograd(module: Any, trained: list[Parameter], content: Any) -> tuple[Tensor, ...]:
-    # Unless one forward pass serves both, `gradients` draws random numbers after those of `loss`.
-    fused = module.automatic_optimization or is_current(type(module), "loss_and_gradients")
-    with torch.enable_grad(), torch.autocast(module.device.type, enabled=False):
-        loss = call(module.loss, content)
-        loss = loss if fused else call(module.loss, content)
-        return torch.autograd.grad(loss, trained, materialize_grads=True)
+    return apply_to_collection(content, Tensor, pick)

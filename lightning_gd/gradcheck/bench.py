@@ -1,21 +1,61 @@
-"""A float64 copy of a model whose loss and gradients can be measured at any weights."""
+"""A copy of a model whose loss, gradients and slopes can be asked for at any weights."""
 
 import copy
 import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_gd.batch import call, tensors
+from lightning_gd.gradcheck.diagnosis import largest
 
 # Rounding per term of a sum, relative to the gradient. Terms that cancel are larger than it: 16 eps
 # were exceeded by 3 of 19,000 random models. Mistakes are 1e-3 and more.
-FLOAT64 = 1024 * torch.finfo(torch.float64).eps
+ROUNDING = 1024
+FARTHEST = 8  # times the size of a parameter, or 1: the longest direction
 LENGTHS = [8.0**power for power in range(-7, 3)]  # tried for a random step
 
 Weights = dict[str, Tensor]
+Loss = Callable[[Any, Any], Tensor]  # of a model and a batch, shape []
+
+
+class RandomState(NamedTuple):
+    """The state of every generator that a training step may draw from."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def now(cls) -> "RandomState":
+        """Return the present state."""
+        cuda = torch.cuda.get_rng_state_all()
+        return cls(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())
+
+    @classmethod
+    def seeded(cls, seed: int) -> "RandomState":
+        """Return the state after a seed; the present one stays."""
+        with isolate_rng():
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            return cls.now()
+
+    def restore(self) -> None:
+        """Continue from this state."""
+        torch.set_rng_state(self.cpu)
+        torch.cuda.set_rng_state_all(self.cuda)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
 
 
 class Point(NamedTuple):
@@ -23,42 +63,71 @@ class Point(NamedTuple):
 
     weights: Weights
     loss: float
+    noise: float  # of the loss: what rounding the weights changes
     autograd: Weights
-    explicit: Weights
+    explicit: Weights  # empty without a formula
 
 
 class Bench:
-    """A copy of a model, on which every call finds the same buffers and random numbers."""
+    """A copy of a model in one dtype, on which every call finds the same buffers and numbers.
 
-    def __init__(self, model: nn.Module, batch: Any, seed: int) -> None:
-        self.model: Any = copy.deepcopy(model).to("cpu", torch.float64)
-        self.batch = apply_to_collection(batch, Tensor, double)
+    Args:
+        model: Any module; nothing of it changes.
+        batch: What `loss` takes.
+        loss: The loss of a model and a batch, differentiable by autograd.
+        state: The random state before each call.
+        dtype: Of the copy, and of floating tensors of the batch.
+        reference: Another loss with the same value, of plain operations; differences are its own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        loss: Loss,
+        state: RandomState,
+        dtype: torch.dtype = torch.float64,
+        reference: Loss | None = None,
+    ) -> None:
+        self.model, self.dtype = twin(model, dtype), dtype
+        self.batch = converted(batch, dtype)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.trained = [name for name, p in self.parameters.items() if p.requires_grad]
         self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.called = ""  # the method called last
+        self.called = ""  # what was called last
+        self.functions: dict[str, set[str]] = {}  # custom autograd Functions behind each parameter
+        self._loss, self._reference, self._state = loss, reference or loss, state
         self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        self._seed, self._random = seed, torch.Generator().manual_seed(seed)
+        self._random = torch.Generator().manual_seed(int(state.cpu.long().sum()))
         self.model.requires_grad_()
-        self.rows = len(next(tensors(self.batch)))
-        numbers = sum(t.numel() for t in tensors(self.batch)) // self.rows
+        self.rows = len(next((t for t in tensors(self.batch) if t.ndim), [0]))
+        numbers = sum(t.numel() for t in tensors(self.batch)) // max(self.rows, 1)
         widest = max(size for value in self.start.values() for size in (*value.shape, 1))
-        self.rounding = FLOAT64 * (self.rows + numbers + widest)  # of a sum, relative
+        self.eps = torch.finfo(dtype).eps
+        self.rounding = ROUNDING * self.eps * (self.rows + numbers + widest)  # of a sum, relative
+        # Of differences: the error of the formula and the rounding of the loss are alike there.
+        self.steps = [self.eps ** (1 / 3) * factor for factor in (1, 1 / 16, 16)]
 
-    def measure(self, weights: Weights, method: str) -> Point:
+    def measure(self, weights: Weights, method: str | None = None) -> Point:
         """Return the loss, its gradient by autograd, and the explicit one of a method."""
         self._place(weights)
-        loss = self._call("loss")
+        loss = self._call(self._loss, "loss")
+        if loss.numel() != 1:
+            raise ValueError(f"it has shape {list(loss.shape)}, and a loss is one number")
         if not loss.isfinite():
             raise ValueError(f"it is {loss.item()} on this batch")
+        if not self.functions:
+            self.functions = functions_behind(loss, self.parameters)
         found = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
         autograd = dict(zip(self.parameters, found, strict=True))
-        return Point(weights, loss.item(), autograd, self.explicit(method))
+        explicit = self.explicit(method) if method else {}
+        value = loss.item() if self._reference is self._loss else self.loss(weights)
+        return Point(weights, value, self._noise(weights, value), autograd, explicit)
 
     @torch.no_grad()
     def explicit(self, method: str) -> Weights:
         """Return the explicit gradients of a method at the weights of the last call."""
-        found = self._call(method)
+        found = self._call(lambda model, batch: call(getattr(model, method), batch), method)
         found = found[1] if method == "loss_and_gradients" else found
         return {name: gradient.detach().clone() for name, gradient in found.items()}
 
@@ -66,7 +135,38 @@ class Bench:
     def loss(self, weights: Weights) -> float:
         """Return the loss at other weights."""
         self._place(weights)
-        return float(self._call("loss"))
+        return self._call(self._reference, "loss").item()
+
+    def slope(self, point: Point, way: Weights, exact: float) -> tuple[float, float]:
+        """Return the derivative of the loss along a direction, and how uncertain it is.
+
+        Central differences over two lengths differ by at least the error of the shorter one. The
+        jump of the slope at a kink of the loss is what the one-sided differences over these
+        lengths have in common. Other lengths are tried while the uncertainty is above `exact`.
+
+        Args:
+            point: Where.
+            way: The direction, in which the loss changes by its own size over a length of 1.
+            exact: The uncertainty that is small enough.
+        """
+        best = (math.nan, math.inf)
+        for step in self.steps:
+            sides = [self._one_sided(point, way, s * step) for s in (-1, 1, -1 / 8, 1 / 8)]
+            left, right, near_left, near_right = sides
+            slope = (near_left + near_right) / 2
+            jump = abs(8 * (near_right - near_left) - (right - left)) / 7
+            doubt = 4 * abs((left + right) / 2 - slope) + jump + 16 * point.noise / step
+            if doubt < best[1]:
+                best = slope, doubt
+            if best[1] <= exact:
+                break
+        return best
+
+    def length(self, point: Point, name: str) -> float:
+        """Return the length of a step of a parameter that changes the loss by its size."""
+        size = FARTHEST * max(largest(point.weights[name]), 1.0)
+        slope = float(point.autograd[name].norm())
+        return min(size, abs(point.loss) / slope) if slope * abs(point.loss) > 0 else size
 
     def moved(self, loss: float) -> Weights:
         """Return the weights after a random step that changes the loss by half of its size.
@@ -78,33 +178,130 @@ class Bench:
         way = {name: self.random(self.start[name]) for name in self.trained}
         zero = abs(self.loss({**self.start, **{n: torch.zeros_like(v) for n, v in way.items()}}))
         wanted = max(abs(loss), zero if math.isfinite(zero) else 0.0) / 2 or 1.0
-        moved = self.start
-        for length in LENGTHS:
-            step = {name: self.start[name] + length * value for name, value in way.items()}
-            change = abs(self.loss({**self.start, **step}) - loss)
-            moved = {**self.start, **step} if math.isfinite(change) else moved
-            if not change < wanted:
-                break
-        return moved
+
+        def after(length: float) -> Weights:
+            return {**self.start, **{n: self.start[n] + length * v for n, v in way.items()}}
+
+        short, long = -1, len(LENGTHS)  # of which the one is too short, the other long enough
+        while long - short > 1:
+            middle = (short + long) // 2
+            enough = not abs(self.loss(after(LENGTHS[middle])) - loss) < wanted  # also nan
+            short, long = (short, middle) if enough else (middle, long)
+        return after(LENGTHS[min(long, len(LENGTHS) - 1)])
 
     def random(self, like: Tensor) -> Tensor:
         """Return normal random numbers in the shape of a parameter."""
         return torch.randn(like.shape, generator=self._random).to(like)
 
+    def _noise(self, weights: Weights, loss: float) -> float:
+        """Return 8 times the change of the loss by changes of all numbers in their last digit."""
+        near = {name: shaken(value, self.eps, self._random) for name, value in weights.items()}
+        batch, self.batch = self.batch, shaken(self.batch, self.eps, self._random)
+        change, self.batch = abs(self.loss(near) - loss), batch
+        return 8 * change + 8 * self.eps * abs(loss)
+
+    def _one_sided(self, point: Point, way: Weights, t: float) -> float:
+        near = {name: point.weights[name] + t * value for name, value in way.items()}
+        return (self.loss({**point.weights, **near}) - point.loss) / t
+
     def _place(self, weights: Weights) -> None:
         for name, value in weights.items():
             self.parameters[name].data = value
 
-    def _call(self, method: str) -> Any:
-        self.called = method
-        torch.default_generator.manual_seed(self._seed)
+    def _call(self, function: Callable[[Any, Any], Any], name: str) -> Any:
+        self.called = name
+        self._state.restore()
         for buffer, value in self._buffers:
             buffer.detach().copy_(value)
-        batch = apply_to_collection(self.batch, Tensor, torch.clone)
-        return call(getattr(self.model, method), batch)
+        return function(self.model, apply_to_collection(self.batch, Tensor, torch.clone))
 
 
-def double(values: Tensor) -> Tensor:
-    """Return a float64 copy on the CPU; labels and indices keep their dtype."""
-    values = values.detach().cpu().clone()
-    return values.double() if values.is_floating_point() else values
+def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
+    """Return a copy of a module in another dtype; what it logs is not logged."""
+    memo: dict[int, Any] = {
+        id(t): t.detach().clone()  # results that a module keeps cannot be copied with their graph
+        for module in model.modules()
+        for t in tensors(list(vars(module).values()))
+        if not t.is_leaf
+    }
+    copied: Any = copy.deepcopy(model, memo)
+    if any(p.device.type == "mps" for p in model.parameters()) and dtype is torch.float64:
+        copied = copied.to("cpu")
+    copied = copied.to(dtype)
+    for module in copied.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                setattr(module, name, converted(value, dtype))
+    if isinstance(copied, LightningModule):
+        _silence(copied, model)
+    return copied
+
+
+def _silence(copied: Any, model: Any) -> None:
+    for name in ("log", "log_dict", "print"):
+        setattr(copied, name, lambda *args, **kwargs: None)
+    for name in ("forward", "training_step"):  # compiled ones belong to the model
+        vars(copied).pop(name, None)
+    try:
+        copied.trainer = model.trainer
+    except RuntimeError:  # a model without a Trainer
+        pass
+
+
+def converted(batch: Any, dtype: torch.dtype | None) -> Any:
+    """Return a copy of a batch with its floating tensors in a dtype; labels keep theirs."""
+
+    def copied(values: Tensor) -> Tensor:
+        values = values.detach().clone()
+        if dtype is torch.float64 and values.device.type == "mps":
+            values = values.cpu()
+        return values.to(dtype) if values.is_floating_point() else values
+
+    return apply_to_collection(batch, Tensor, copied)
+
+
+def shaken(content: Any, eps: float, source: torch.Generator) -> Any:
+    """Change every floating number by a relative random error, and all of a tensor by another."""
+
+    def shake(values: Tensor) -> Tensor:
+        if not values.is_floating_point():
+            return values
+        each = torch.randn(values.shape, generator=source) + torch.randn((), generator=source)
+        return values * (1 + eps * each.to(values))
+
+    return apply_to_collection(content, Tensor, shake)
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Let autograd work inside a `with` block, eagerly, without a trace in the random state."""
+    with (
+        isolate_rng(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield
+
+
+def functions_behind(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, set[str]]:
+    """Return the names of the custom `autograd.Function`s between the loss and each parameter."""
+    names = {id(p): name for name, p in parameters.items()}
+    found: dict[str, set[str]] = {}
+    start = loss.grad_fn
+    passed: dict[Any, set[str]] = {}
+    waiting = [(start, frozenset[str]())] if start is not None else []
+    while waiting:
+        node, above = waiting.pop()
+        custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+        here = above | {node.name().removesuffix("Backward")} if custom else above
+        if node in passed and here <= passed[node]:
+            continue
+        passed.setdefault(node, set()).update(here)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) in names:
+            found.setdefault(names[id(leaf)], set()).update(here)
+        waiting += [(following, here) for following, _ in node.next_functions if following]
+    return found

@@ -1,14 +1,18 @@
 """Compares explicit gradients with autograd, and autograd with differences of the loss."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from lightning_gd.batch import is_current
-from lightning_gd.gradcheck.bench import Bench, Point, Weights, double
+from lightning_gd.batch import call, is_current
+from lightning_gd.gradcheck.bench import Bench, Loss, Point, RandomState, Weights, isolated
 from lightning_gd.gradcheck.diagnosis import (
     CUT,
     DIFFERS,
@@ -17,68 +21,96 @@ from lightning_gd.gradcheck.diagnosis import (
     largest,
     malformed,
     name_mistake,
-    name_reduction,
 )
+from lightning_gd.gradcheck.differences import check_autograd
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
 
-STEPS = 2.0**-13, 2.0**-20  # of differences, relative to the scale of the parameter
 KINK = 1e-3  # of the terms: a smaller difference of two gradients does not come from a kink
 
 
-def check_gradients(model: nn.Module, *batch: Any, seed: int = 0) -> GradientReport:
+def check_gradients(
+    model: nn.Module,
+    *batch: Any,
+    loss: Loss | None = None,
+    reference: Loss | None = None,
+    seed: int = 0,
+) -> GradientReport:
     """Compare a model's explicit gradients with autograd, and autograd with differences.
 
-    This happens in float64 on a copy on the CPU, where every call sees the same random numbers;
-    nothing of the model changes. Gradients are compared at the given weights and after a random
-    step, since a gradient can vanish at zeros or at an optimum, where any multiple of it is right.
+    A model with a method `gradients` is asked for its formula, by `loss_and_gradients` where its
+    class defines it. The gradient of any other model is that of autograd, through every
+    `autograd.Function` with a hand-written `backward`. Autograd is compared with differences of
+    the loss along random directions. This happens in float64 on a copy, where every call sees the
+    same random numbers and buffers; nothing of the model changes. A model that cannot run in
+    float64 is checked in its own dtype, and the bounds in the report say what is seen there.
 
-    Right means |explicit − autograd| ≤ 1024 eps (N + D + H) · scale, where N rows, D numbers per
-    row and H the largest dimension of a parameter count the terms of the sums, and `scale` is
-    the larger gradient of both points, or the loss over the parameter if this is larger. Where
-    the loss has a kink, both one-sided slopes are right. What the model raises is in the report.
+    Gradients are compared at the given weights and after a random step, since a gradient can
+    vanish at zeros or at an optimum, where any multiple of it is right. A formula is right if
+    |explicit − autograd| ≤ 1024 eps (N + D + H) · scale, where N rows, D numbers per row and H
+    the largest dimension of a parameter count the terms of the sums, and `scale` is the larger
+    gradient of both points, or the loss over the parameter if this is larger. Where the loss has
+    a kink, both one-sided slopes are right. The disagreement of differences over several lengths
+    is the bound of their error. What the model raises is in the report.
 
     Args:
-        model: With `loss(*batch)`, a mean over rows, and `gradients(*batch)`. If its class
-            defines `loss_and_gradients` for them, this is checked, and `gradients` against it.
+        model: With `loss(*batch)`, a mean over rows, and `gradients(*batch)`; or any
+            LightningModule, whose `training_step` returns the loss.
         *batch: Inputs and targets; or one tuple, dict or tensor as a DataLoader yields it.
+        loss: Function of the model and the batch that returns the loss, instead of its methods.
+        reference: The same function made of plain operations, which is differentiated instead.
         seed: Of the random step, and of random numbers that the model draws.
     """
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
-        bench = Bench(model, batch[0] if len(batch) == 1 else batch, seed)
-        try:
-            return _report(bench)
-        except Exception as error:  # whatever a model raises belongs in the report
-            words = f"{bench.called} raised {type(error).__name__}: {error}"
-            return GradientReport(tuple(ParameterReport(n, diagnosis=words) for n in bench.start))
+    content = batch[0] if len(batch) == 1 else batch
+    explicit = loss is None and callable(getattr(model, "gradients", None))
+    state = RandomState.seeded(seed)
+    return check_formula(model, content, loss or loss_of(model), state, explicit, reference)
 
 
-def check_reduced(
-    expected: Mapping[str, Tensor],
-    actual: Mapping[str, Tensor],
-    bounds: Mapping[str, float],
-    world_size: int,
+def loss_of(model: nn.Module) -> Loss:
+    """Return the function of a model and a batch that returns its loss."""
+    if callable(getattr(model, "gradients", None)) or not isinstance(model, LightningModule):
+        return lambda model, batch: call(model.loss, batch)
+    return partial(loss_of_step, batch_idx=0)
+
+
+def loss_of_step(model: Any, batch: Any, batch_idx: int) -> Tensor:
+    """Return the loss of a `training_step` of a LightningModule."""
+    if is_param_in_hook_signature(model.training_step, "batch_idx", min_args=2):
+        found = model.training_step(batch, batch_idx)
+    else:
+        found = model.training_step(batch)
+    found = found["loss"] if isinstance(found, dict) else found
+    if not isinstance(found, Tensor):
+        raise TypeError(f"training_step returned {found!r} and no loss: give loss=")
+    return found
+
+
+def check_formula(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    state: RandomState,
+    explicit: bool,
+    reference: Loss | None = None,
 ) -> GradientReport:
-    """Compare `p.grad` after the reduction with the gradient of the loss on the global batch.
+    """Check the formula of a model, or autograd; see `check_gradients`."""
+    ask: Callable[[Bench], GradientReport] = _explicit if explicit else check_autograd
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
+    raised = ""
+    with isolated():
+        for dtype in dict.fromkeys([torch.float64, own]):
+            bench = Bench(model, batch, loss, state, dtype, reference)
+            try:
+                report = ask(bench)
+            except Exception as error:  # whatever a model raises belongs in the report
+                raised = raised or f"{bench.called} raised {type(error).__name__}: {error}"
+            else:
+                note = f"checked in {dtype}, because {raised}" if raised else ""
+                return replace(report, note=note)
+        return GradientReport(tuple(ParameterReport(n, diagnosis=raised) for n in bench.start))
 
-    `bounds` are the largest errors that rounding explains; the number of processes `world_size`
-    is a usual mistake.
-    """
-    reports = []
-    for name, gradient in expected.items():
-        right, found = double(gradient), double(actual.get(name, gradient * math.nan))
-        error, words = largest(found - right), None
-        if not error <= bounds[name]:  # also nan
-            words = name_reduction(right, found, world_size, bounds[name])
-        reports.append(ParameterReport(name, error, largest(right), bounds[name], words))
-    return GradientReport(tuple(reports))
 
-
-def _report(bench: Bench) -> GradientReport:
+def _explicit(bench: Bench) -> GradientReport:
     fused = is_current(type(bench.model), "loss_and_gradients")
     method = "loss_and_gradients" if fused else "gradients"  # as in training
     given = bench.measure(bench.start, method)
@@ -102,9 +134,6 @@ class _Parameter:
         # Below loss / parameter an error changes the loss by less than rounding: a saturated
         # tanh leaves such gradients, with 1 - h² all noise.
         self.noise = bench.rounding * max(self.scale, self.loss / size)
-        self.length = max(size, 1.0)  # along which the loss changes by its own size
-        if self.scale and self.loss:
-            self.length = min(self.length, self.loss / self.scale)
 
     def report(self, again: Weights, fused: bool) -> ParameterReport:
         """Return the verdict, given what `gradients` returns in a second call or a first."""
@@ -127,29 +156,18 @@ class _Parameter:
         if not wrong and point is self.points[0]:  # cut or not is the same at both points
             return error, size, None
         way = explicit - truth if wrong else self.bench.random(truth)
-        holds = wrong and all(self._fits(point, explicit, way))
-        if not any(self._fits(point, truth, way)):
-            return error, size, f"{CUT}; explicit is {'right' if holds else 'wrong too'}"
-        if holds and KINK * self.scale < error < math.inf or not math.isfinite(size):
+        way = way * (self.bench.length(point, self.name) / way.norm())
+        slope, doubt = self.bench.slope(point, {self.name: way}, exact=self.noise)
+        fits = [
+            abs(float((gradient * way).sum()) - slope) <= doubt + self.noise
+            for gradient in (explicit, truth)
+        ]
+        if not fits[1] and math.isfinite(doubt):
+            also = "right" if wrong and fits[0] else "wrong too"
+            return error, size, f"{CUT}; explicit is {also}"
+        if fits[0] and KINK * self.scale < error < math.inf or not math.isfinite(size):
             return 0.0, 0.0, None
         if not wrong:
             return error, size, None
         pairs = [(p.explicit[self.name], p.autograd[self.name]) for p in self.points]
-        rows, noise = self.bench.rows, self.noise
-        return error, size, name_mistake(pairs, (explicit, truth), rows, noise)
-
-    def _fits(self, point: Point, gradient: Tensor, way: Tensor) -> Iterator[bool]:
-        """Tell for each step whether a gradient fits the one-sided slopes along a direction.
-
-        It must lie between them, up to their difference: h f″ for a smooth loss f, which is more
-        than the error of their mean, and the whole jump at a kink.
-        """
-        start, way = point.weights[self.name], way / way.norm()
-        for h in (step * self.length for step in STEPS):
-            left, right = (
-                (self.bench.loss({**point.weights, self.name: start + t * way}) - point.loss) / t
-                for t in (-h, h)
-            )
-            rounding = self.noise + 4 * self.bench.rounding * (self.loss / h + self.scale)
-            error = abs(float((gradient * way).sum()) - (left + right) / 2)
-            yield not error > abs(right - left) + rounding
+        return error, size, name_mistake(pairs, (explicit, truth), self.bench.rows, self.noise)

@@ -36,9 +36,12 @@ def name_mistake(pairs: Sequence[Pair], wrong: Pair, rows: int, noise: float) ->
     that was found to differ.
     """
     given, moved = pairs
-    factor = ratio(*(moved if largest(moved[1]) > noise else wrong), noise)
-    if factor is not None and (words := _name_factor(factor, rows, moved[1].numel())):
-        return words
+    measured = [pair for pair in (moved, given) if largest(pair[1]) > noise]
+    factors = [k for pair in measured if (k := ratio(*pair, noise)) is not None]
+    if factors and len(factors) == len(measured):
+        same = math.isclose(factors[0], factors[-1], rel_tol=ALIKE)
+        if same and (words := name_factor(factors[0], rows, moved[1].numel())):
+            return words
     if largest(given[0]) > noise and alike(given[0], moved[0]):
         return "stale: the same at other weights"
     if moved[1].ndim == 2 and alike(moved[0].T, moved[1], noise):
@@ -46,14 +49,14 @@ def name_mistake(pairs: Sequence[Pair], wrong: Pair, rows: int, noise: float) ->
     return _worst_entry("explicit", *wrong)
 
 
-def _name_factor(factor: float, rows: int, numbers: int) -> str | None:
-    """Name a factor of so many numbers; None for 1, and for the odd factor between two numbers."""
+def name_factor(factor: float, rows: int, numbers: int, near: float = ALIKE) -> str | None:
+    """Name a factor of so many numbers; None for 1, and for an odd factor of a single number."""
     size = abs(factor)
-    if size <= ALIKE:
+    if size <= near:
         return "it is zero, the term is left out"
     known = [(rows, 1.0), *((n, k) for n in (1, rows) for k in FACTORS)]
-    fits = [(n, k) for n, k in known if math.isclose(size, n * k, rel_tol=ALIKE)]
-    if math.isclose(factor, 1, rel_tol=ALIKE) or not fits and numbers == 1:
+    fits = [(n, k) for n, k in known if math.isclose(size, n * k, rel_tol=near)]
+    if math.isclose(factor, 1, rel_tol=near) or not fits and numbers == 1:
         return None
     count, part = fits[0] if fits else (1, size)
     words = [f"{factor:.6g} times the gradient of loss"]
@@ -73,27 +76,32 @@ def _worst_entry(name: str, actual: Tensor, expected: Tensor) -> str:
     return f"no usual mistake fits; the worst entry {index} is {values}"
 
 
-def name_reduction(expected: Tensor, actual: Tensor, world_size: int, noise: float) -> str:
-    """Name the mistake in a gradient that was reduced over `world_size` processes."""
+def name_reduction(
+    expected: Tensor, actual: Tensor, known: Mapping[str, float], noise: float
+) -> str:
+    """Name the mistake in `p.grad`; `known` are usual factors by what they count."""
     if actual.isnan().any():
-        return "p.grad is missing or nan"
-    k = ratio(actual, expected, noise)
-    if world_size == 1:
-        return _worst_entry("p.grad", actual, expected) if k is None else f"a factor {k:.6g}"
-    if k is not None and math.isclose(k, world_size, rel_tol=1e-3):
-        return f"{world_size} times too large: summed over the processes instead of averaged"
-    if k is not None and math.isclose(k, 1 / world_size, rel_tol=1e-3):
-        return f"{world_size} times too small: divided by the number of processes twice"
-    if k is None or expected.numel() == 1:
-        return "no factor fits: the reduction is missing, or weights uneven processes alike"
-    return f"a factor {k:.6g}"
+        return "p.grad is nan"
+    k, several = ratio(actual, expected, noise), {w: n for w, n in known.items() if n > 1}
+    for what, number in several.items():
+        if k is not None and math.isclose(k, number, rel_tol=1e-3):
+            return f"{number:g} times too large: summed over the {what} instead of averaged"
+        if k is not None and math.isclose(k, 1 / number, rel_tol=1e-3):
+            return f"{number:g} times too small: divided by the number of {what} twice"
+    if k is not None and expected.numel() > 1:
+        return f"p.grad is {k:.6g} times the gradient of loss"
+    if several:
+        uneven = " or ".join(several)
+        return f"no factor fits: the reduction is missing, or weights uneven {uneven} alike"
+    return _worst_entry("p.grad", actual, expected)
 
 
 def alike(actual: Tensor, expected: Tensor, noise: float = 0.0) -> bool:
     """Tell whether two tensors agree in shape and up to noise and a relative 1e-6."""
     if actual.shape != expected.shape:
         return False
-    return largest(actual - expected) <= noise + ALIKE * largest(expected)
+    error = largest(actual - expected)
+    return error < math.inf and error <= noise + ALIKE * largest(expected)
 
 
 def ratio(actual: Tensor, expected: Tensor, noise: float) -> float | None:

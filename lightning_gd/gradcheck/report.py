@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+MOST_SHOWN = 20  # lines of parameters that are right
+
 
 class GradientError(ValueError):
     """An explicit gradient is not the gradient of the loss."""
@@ -39,6 +41,8 @@ class GradientReport:
     """The check of all parameters."""
 
     parameters: tuple[ParameterReport, ...]
+    note: str = ""  # on how it was checked
+    functions: frozenset[str] = frozenset()  # custom autograd Functions that it passes through
 
     @property
     def ok(self) -> bool:
@@ -46,8 +50,16 @@ class GradientReport:
         return all(p.diagnosis is None for p in self.parameters)
 
     def lines(self) -> list[str]:
-        """Return one line per parameter, then each diagnosis once with the names it holds for."""
-        lines = [str(p) for p in self.parameters]
+        """Return one line per parameter, and each diagnosis once with the names it holds for.
+
+        Of more than 20 parameters only those that are wrong or not tested have their line.
+        """
+        shown = [p for p in self.parameters if p.diagnosis or not p.tested]
+        if len(self.parameters) <= MOST_SHOWN:
+            shown = list(self.parameters)
+        lines = [*filter(None, [self.note]), *map(str, shown)]
+        if len(shown) < len(self.parameters):
+            lines.append(f"{len(self.parameters) - len(shown)} other parameters: ok")
         for words in dict.fromkeys(p.diagnosis for p in self.parameters if p.diagnosis):
             names = ", ".join(p.name for p in self.parameters if p.diagnosis == words)
             lines.append(f"{names}: {words}")
