@@ -95,6 +95,7 @@ class Bench:
         self.trained = [name for name, p in self.parameters.items() if p.requires_grad]
         self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.called = ""  # what was called last
+        self.changed: set[str] = set()  # what was changed in place, and by what
         self.functions: dict[str, set[str]] = {}  # custom autograd Functions behind each parameter
         self._loss, self._reference, self._state = loss, reference or loss, state
         self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
@@ -111,7 +112,7 @@ class Bench:
     def measure(self, weights: Weights, method: str | None = None) -> Point:
         """Return the loss, its gradient by autograd, and the explicit one of a method."""
         self._place(weights)
-        loss = self._call(self._loss, "loss")
+        loss = self._watched(self._loss, "loss")
         if loss.numel() != 1:
             raise ValueError(f"it has shape {list(loss.shape)}, and a loss is one number")
         if not loss.isfinite():
@@ -127,7 +128,7 @@ class Bench:
     @torch.no_grad()
     def explicit(self, method: str) -> Weights:
         """Return the explicit gradients of a method at the weights of the last call."""
-        found = self._call(lambda model, batch: call(getattr(model, method), batch), method)
+        found = self._watched(lambda model, batch: call(getattr(model, method), batch), method)
         found = found[1] if method == "loss_and_gradients" else found
         return {name: gradient.detach().clone() for name, gradient in found.items()}
 
@@ -208,12 +209,30 @@ class Bench:
         for name, value in weights.items():
             self.parameters[name].data = value
 
-    def _call(self, function: Callable[[Any, Any], Any], name: str) -> Any:
+    def _watched(self, function: Loss, name: str) -> Any:
+        """Call a function, and note what it changes in place."""
+        weights = [(n, p, p.detach().clone()) for n, p in self.parameters.items()]
+        found = self._call(function, name)
+        changed = {n for n, p, value in weights if not _same(p, value)}
+        now, before = list(tensors(self._given)), list(tensors(self.batch))
+        if len(now) != len(before) or not all(map(_same, now, before)):
+            changed.add("its batch")
+        self.changed |= {f"{name} changes {what} in place" for what in changed}
+        for n, p, value in weights:
+            p.data = value if n in changed else p.data
+        return found
+
+    def _call(self, function: Loss, name: str) -> Any:
         self.called = name
         self._state.restore()
         for buffer, value in self._buffers:
             buffer.detach().copy_(value)
-        return function(self.model, apply_to_collection(self.batch, Tensor, torch.clone))
+        self._given = apply_to_collection(self.batch, Tensor, torch.clone)
+        return function(self.model, self._given)
+
+
+def _same(now: Tensor, before: Tensor) -> bool:
+    return bool(((now == before) | (now != now) & (before != before)).all())
 
 
 def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:

@@ -105,7 +105,8 @@ def check_formula(
             except Exception as error:  # whatever a model raises belongs in the report
                 raised = raised or f"{bench.called} raised {type(error).__name__}: {error}"
             else:
-                note = f"checked in {dtype}, because {raised}" if raised else ""
+                notes = [f"checked in {dtype}, because {raised}"] if raised else []
+                note = "; ".join([*notes, *sorted(bench.changed)])
                 return replace(report, note=note)
         return GradientReport(tuple(ParameterReport(n, diagnosis=raised) for n in bench.start))
 
@@ -120,6 +121,9 @@ def _explicit(bench: Bench) -> GradientReport:
     unknown = [ParameterReport(n, diagnosis=words) for n in given.explicit if n not in known]
     names = [n for n in known if n in given.explicit or n in bench.trained]
     reports = [_Parameter(bench, name, points).report(again, fused) for name in names]
+    if bench.changed:  # a formula is a function of its batch and the weights
+        words = ", ".join(sorted(bench.changed))
+        reports = [replace(report, diagnosis=report.diagnosis or words) for report in reports]
     return GradientReport((*reports, *unknown))
 
 
