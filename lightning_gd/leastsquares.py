@@ -65,13 +65,6 @@ class LeastSquares:
         """Return the present (w, b), shape [D+1], or w, shape [D], in float64."""
         return torch.cat([p.detach().reshape(-1) for p in self.trained]).to(self.moments().mean)
 
-    def term_size(self) -> float:
-        """Return the largest summand of the gradient; its rounding error is proportional to it."""
-        moments, theta = self.moments(), -self.theta().abs()
-        sizes = Moments(moments.n, moments.mean.abs(), moments.cov.abs())  # all of one sign
-        _, *terms = sizes.loss_and_gradients(theta[: sizes.size], theta[sizes.size :].sum())
-        return max(term.abs().max().item() for term in terms if term is not None)
-
 
 class AutoLearningRate(Callback):
     """Replaces `lr="auto"` by 1/λmax of the training loss before the optimizer is built."""

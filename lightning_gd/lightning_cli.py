@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 from jsonargparse.typing import lazy_instance
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lightning_gd
-from lightning_gd.callbacks.gradient_check import draw
+from lightning_gd.callbacks.gradient_check import draw, print_report
 from lightning_gd.checkpoints import check_class, check_shapes, read
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.distributed import world_size
@@ -65,7 +65,7 @@ class CommandLine(LightningCLI):
         self.checkpoint: dict[str, Any] = {}  # what the run starts from
         self.continued: tuple[str, str, int] | None = None  # the run whose folder it writes in
         super().__init__(
-            GradientDescentModule,
+            LightningModule if verb == "check" else GradientDescentModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -198,9 +198,8 @@ class CommandLine(LightningCLI):
         tables = isinstance(data, TensorDataModule)
         batch = data.local("train") if tables else next(iter(data.train_dataloader()))
         report = check_gradients(self.model, draw(batch, CHECKED, seed=0))
+        print_report(report, f"The gradient of {type(self.model).__name__}")
         report.raise_if_wrong()
-        print(f"the gradient of {type(self.model).__name__} is that of loss:")
-        print(*report.lines(), sep="\n")
 
     def _has_test(self) -> bool:
         tables = tensor_data(self.trainer)

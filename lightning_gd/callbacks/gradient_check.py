@@ -13,6 +13,10 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_utilities import apply_to_collection
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -196,8 +200,6 @@ class GradientCheck(Callback):
 
     def _loss(self, module: Any, number: int, batch_idx: int) -> Loss:
         """Return how to ask the module, or a copy of it, for the loss of a batch."""
-        if self.reference is not None:
-            return self.reference
         own, explicit = _kind(module)
         given = self.loss[number] if isinstance(self.loss, list) else self.loss
         if isinstance(given, str):
@@ -222,10 +224,8 @@ class GradientCheck(Callback):
         step = trainer.global_step
         batch = draw(part.batch, self.rows, seed=step) if own else part.batch
         state = RandomState.seeded(step) if own else part.state or self._state
-        loss = part.loss
-        if explicit:
-            loss = _own_loss
-        report = check_formula(before, batch, loss, state, explicit)
+        loss = _own_loss if explicit else part.loss
+        report = check_formula(before, batch, loss, state, explicit, self.reference)
         kept = tuple(p for p in report.parameters if p.name in names or explicit)
         if report.note:
             self._say(report.note)
@@ -249,9 +249,11 @@ class GradientCheck(Callback):
                 module.clip([SimpleNamespace(grad=piece) for piece in pieces])
             return flat
 
+        if self.reference is not None:
+            parts = [part._replace(loss=self.reference) for part in parts]
         known = {"processes": trainer.world_size, "accumulated batches": batches}
         context = nullcontext if explicit else trainer.precision_plugin.forward_context
-        eps, replayed = torch.finfo(dtype).eps, not explicit
+        eps, replayed = torch.finfo(dtype).eps, not explicit and self.reference is None
         return Delivery(gradients, parts, mean, known, context, eps, replayed)
 
     def _is_wrong(self, trainer: Trainer, report: GradientReport) -> bool:
@@ -329,3 +331,22 @@ def draw(content: Any, rows: int, seed: int) -> Any:
         return values[order.to(values.device)] if values.shape[:1] == (count,) else values
 
     return apply_to_collection(content, Tensor, pick)
+
+
+def print_report(report: GradientReport, title: str) -> None:
+    """Print one row per parameter: its gradient, against autograd and against differences."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for name in ("parameter", "gradient", "error", "bound", "autograd", "differences", ""):
+        table.add_column(name, justify="left" if name in ("parameter", "") else "right")
+    for p in report.parameters:
+        numbers = (
+            f"{p.size:.4g}",
+            f"{p.error:.1e}",
+            f"{p.bound:.1e}",
+            *map("{:.6g}".format, p.slopes),
+        )
+        table.add_row(escape(p.name), *numbers, p.verdict)
+    console = Console()
+    console.print(table)
+    for line in filter(None, [report.note]):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -138,6 +138,7 @@ class _Parameter:
         # Below loss / parameter an error changes the loss by less than rounding: a saturated
         # tanh leaves such gradients, with 1 - h² all noise.
         self.noise = bench.rounding * max(self.scale, self.loss / size)
+        self.slopes = (math.nan, math.nan)
 
     def report(self, again: Weights, fused: bool) -> ParameterReport:
         """Return the verdict, given what `gradients` returns in a second call or a first."""
@@ -150,7 +151,7 @@ class _Parameter:
         same = self.name in again and alike(again[self.name], moved, 2 * self.noise)
         if not same and moved.isfinite().all():
             words = (words or DIFFERS) if fused else STALE
-        return ParameterReport(self.name, max(errors), max(sizes), self.noise, words)
+        return ParameterReport(self.name, max(errors), max(sizes), self.noise, words, self.slopes)
 
     def _compare(self, point: Point) -> tuple[float, float, str | None]:
         """Return the error, the gradient's size and the mistake; zeros where it is undefined."""
@@ -162,10 +163,9 @@ class _Parameter:
         way = explicit - truth if wrong else self.bench.random(truth)
         way = way * (self.bench.length(point, self.name) / way.norm())
         slope, doubt = self.bench.slope(point, {self.name: way}, exact=self.noise)
-        fits = [
-            abs(float((gradient * way).sum()) - slope) <= doubt + self.noise
-            for gradient in (explicit, truth)
-        ]
+        slopes = [float((gradient * way).sum()) for gradient in (explicit, truth)]
+        fits = [abs(found - slope) <= doubt + self.noise for found in slopes]
+        self.slopes = slopes[1], slope
         if not fits[1] and math.isfinite(doubt):
             also = "right" if wrong and fits[0] else "wrong too"
             return error, size, f"{CUT}; explicit is {also}"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ FEW = 8
 EXACT, ROUGH = 1e-7, 1e-4  # of the slope: a smaller uncertainty is not worth further calls
 NEAR = 1e-3  # relative error of a factor that is named
 
-Comparison = tuple[float, float]  # error of a gradient along a direction, and what explains it
+Slopes = tuple[float, float, float]  # of a gradient, by differences, and the largest difference
 
 
 def check_autograd(bench: Bench) -> GradientReport:
@@ -39,7 +40,7 @@ def check_autograd(bench: Bench) -> GradientReport:
         words = None
         if name in wrong:
             words = f"{_name(bench, (given, moved), name)}{blamed}"
-        final.append(ParameterReport(name, best.error, best.size, best.bound, words))
+        final.append(replace(best, diagnosis=words))
     behind = frozenset(set().union(*bench.functions.values()))
     return GradientReport(tuple(final), functions=behind)
 
@@ -53,20 +54,18 @@ def _groups(names: Sequence[str], count: int) -> list[list[str]]:
 
 def _compare(bench: Bench, point: Point, names: list[str]) -> Iterator[ParameterReport]:
     way = {name: _way(bench, point, name) for name in names}
-    error, bound = _error(bench, point, way)
+    found, slope, bound = _slopes(bench, point, way)
+    error, alone = abs(found - slope), len(names) == 1
     wrong = not error <= bound
-    if wrong and len(names) > 1:
-        for name in names:
-            yield from _compare(bench, point, [name])
-        return
     for name in names:
         length, size = bench.length(point, name), float(point.autograd[name].norm())
-        report = ParameterReport(name, error / length, size, bound / length)
-        if len(names) > 1 and not report.tested and size > bench.rounding * abs(point.loss):
-            yield from _compare(bench, point, [name])
+        words, slopes = "differs" if wrong else None, (found / length, slope / length)
+        report = ParameterReport(name, error / length, size, bound / length, words, slopes)
+        vanishes = size <= bench.rounding * abs(point.loss)
+        if alone or not wrong and (report.tested or vanishes):
+            yield report
         else:
-            words = "differs" if wrong else None
-            yield ParameterReport(name, report.error, report.size, report.bound, words)
+            yield from _compare(bench, point, [name])
 
 
 def _way(bench: Bench, point: Point, name: str, along: float = 1.0) -> Tensor:
@@ -79,25 +78,25 @@ def _way(bench: Bench, point: Point, name: str, along: float = 1.0) -> Tensor:
     return direction * (bench.length(point, name) / direction.norm())
 
 
-def _error(bench: Bench, point: Point, way: Weights, gradient: Weights | None = None) -> Comparison:
-    """Return |slope of a gradient − slope by differences| along a direction, and its bound."""
+def _slopes(bench: Bench, point: Point, way: Weights, gradient: Weights | None = None) -> Slopes:
+    """Return the slopes of a gradient and by differences along a direction, and the bound."""
     slopes = [float(((gradient or point.autograd)[n] * v).sum()) for n, v in way.items()]
     size = sum(map(abs, slopes))
     rounding = bench.rounding * max(size, abs(point.loss))
-    error, bound = math.nan, 0.0
+    found, slope, bound = sum(slopes), math.nan, 0.0
     for exact in (ROUGH * size, 0.0):  # more lengths are tried before it is called wrong
         slope, doubt = bench.slope(point, way, exact)
-        error, bound = abs(sum(slopes) - slope), doubt + rounding
-        if error <= bound:
+        bound = doubt + rounding
+        if abs(found - slope) <= bound:
             break
-    return error, bound
+    return found, slope, bound
 
 
 def _fits(
     bench: Bench, point: Point, ways: Iterable[Weights], gradient: Weights | None = None
 ) -> bool:
-    comparisons = (_error(bench, point, way, gradient) for way in ways)
-    return all(error <= bound for error, bound in comparisons)
+    slopes = (_slopes(bench, point, way, gradient) for way in ways)
+    return all(abs(found - slope) <= bound for found, slope, bound in slopes)
 
 
 def _blamed(bench: Bench, wrong: set[str]) -> str:

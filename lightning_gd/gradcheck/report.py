@@ -19,6 +19,7 @@ class ParameterReport:
     size: float = 0.0  # largest entry of the expected gradient
     bound: float = math.nan  # largest error that rounding explains
     diagnosis: str | None = None  # what is wrong
+    slopes: tuple[float, float] = (math.nan, math.nan)  # along a direction: autograd, differences
 
     @property
     def tested(self) -> bool:
@@ -30,10 +31,14 @@ class ParameterReport:
         """`error` over `size`."""
         return self.error / self.size if self.size else self.error
 
-    def __str__(self) -> str:
+    @property
+    def verdict(self) -> str:
+        """`ok`, `WRONG`, or that nothing could be seen."""
         right = "ok" if self.tested else "not tested, it vanishes"
-        verdict = "WRONG" if self.diagnosis else right
-        return f"{self.name}: {verdict}, error {self.error:.2g} (bound {self.bound:.2g})"
+        return "WRONG" if self.diagnosis else right
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.verdict}, error {self.error:.2g} (bound {self.bound:.2g})"
 
 
 @dataclass(frozen=True)
