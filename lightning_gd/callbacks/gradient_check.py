@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -250,7 +251,7 @@ class GradientCheck(Callback):
             return flat
 
         if self.reference is not None:
-            parts = [part._replace(loss=self.reference) for part in parts]
+            parts = [replace(part, loss=self.reference) for part in parts]
         known = {"processes": trainer.world_size, "accumulated batches": batches}
         context = nullcontext if explicit else trainer.precision_plugin.forward_context
         eps, replayed = torch.finfo(dtype).eps, not explicit and self.reference is None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ SAFETY, SAFETY_SHORT = 32, 8
 CLOSE = 64  # eps: between two ways to the same sums
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """A local batch of an update, what its loss weighs in a mean, and the state it begins with."""
 
     batch: Any
