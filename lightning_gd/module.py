@@ -17,7 +17,6 @@ from lightning_gd.updates import (
     step_schedulers,
 )
 
-MOST_NUMBERS = 2**22  # of the gradients of one step, kept until its curves are written
 Gradients = dict[str, Tensor]
 
 
@@ -66,7 +65,7 @@ class GradientDescentModule(ConfiguredModule):
         self.save_hyperparameters()
         check_settings(self.hparams)
         self.automatic_optimization = gradient == "autograd"
-        self._mean, self._keeps_gradients = RowMean(), False
+        self._mean = RowMean()
 
     # 1. What a subclass defines
 
@@ -94,15 +93,10 @@ class GradientDescentModule(ConfiguredModule):
         optimizer: Any = self.optimizers()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-            parameters = list(trained.values())
-            size = sum(p.numel() for p in parameters) * len(batches)
-            self._keeps_gradients = (
-                size <= MOST_NUMBERS and self.hparams["gradient_clip_val"] is None
-            )
             for content, due in zip(batches, self._due(len(batches), batch_idx), strict=True):
                 self._add_local_gradients(as_batch(content), trained)
                 if due:
-                    self._explicit_update(parameters, optimizer)
+                    self._explicit_update(list(trained.values()), optimizer)
                 if len(self.step_losses) == left:  # max_steps lies within this step
                     break
         if epoch_is_complete(self.trainer):
@@ -128,10 +122,7 @@ class GradientDescentModule(ConfiguredModule):
         (loss, *gradients), rows = self._mean.reduce()
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
-        # Norms are computed together where copies need little memory. Without a copy, a gradient in
-        # the memory of its parameter, or in that of the one before, would change until then.
-        kept = [g.clone() for g in gradients] if self._keeps_gradients else self.clip(trained)
-        record_update(self, loss, rows, kept)
+        record_update(self, loss, rows, self.clip(trained))
         optimizer.step()  # Lightning's: it counts `global_step` and calls the callbacks
         step_schedulers(self, "step")
         step_plateaus(self, "step", loss)

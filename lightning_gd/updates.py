@@ -24,19 +24,12 @@ def gradient_norm(parameters: Iterable[Parameter]) -> Tensor:
 
 
 def record_update(
-    module: EvaluatedModule, loss: Tensor, rows: Tensor | float, gradient: Tensor | list[Tensor]
+    module: EvaluatedModule, loss: Tensor, rows: Tensor | float, norm: Tensor
 ) -> None:
-    """Record the point of each curve at the update that is about to be made.
-
-    Args:
-        module: The model of the run.
-        loss: The loss before the update, shape [].
-        rows: Number of rows of the update, over all processes.
-        gradient: Its norm, shape [], or all of it.
-    """
+    """Record the loss before the update that is about to be made, and the norm of its gradient."""
     trainer = module.trainer
     step = trainer.global_step
-    values: dict[str, Value] = {"train/loss": loss, "gradient_norm": gradient}
+    values: dict[str, Value] = {"train/loss": loss, "gradient_norm": norm}
     if step == 0 or trainer.lr_scheduler_configs:
         values["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
     module.curves.record(step, values)
