@@ -13,10 +13,11 @@ EXPERIMENTS = Path(__file__).parent / "experiments"
 VERBS = ("fit", "validate", "test", "predict", "check")
 DEFAULT = "parity"
 
-# What is left out of the parser's message on a value that fits none of several types.
+# Lines of the parser's messages that tell of all types it tried.
 _NOISE = re.compile(
-    r"[ -]*(Does not validate against|Subtypes:|Errors:|Given value type:"
-    r"|Given value: (Namespace|NestedArg)\(|Expected a <class 'NoneType'>)"
+    r"^[ -]*(Does not validate|Subtypes:|Errors:|Given value type:|Given value: \w+\(|"
+    r"Expected a <class 'NoneType'>).*",
+    re.MULTILINE,
 )
 
 
@@ -88,19 +89,14 @@ def experiments() -> list[str]:
 
 
 def _default_experiment(model: str, data: str) -> tuple[str, str]:
-    """Return folder and path of the experiment whose defaults apply where no --config is typed.
-
-    That is `plain` where neither model nor data are those of another experiment. A model that
-    is not the experiment's own is filed under its name.
-    """
+    """Return folder and path of the experiment whose defaults apply where no --config is typed."""
     own = "." in model.removeprefix("lightning_gd.")
     if data.endswith("TableData") and not own:
         experiment = "table"
     else:
         experiment = "plain" if model and data else DEFAULT
-    path, name = EXPERIMENTS / f"{experiment}.yaml", model.rpartition(".")[2]
-    other = own or f"lightning_gd.{name}\n" not in path.read_text(encoding="utf-8")
-    return name if other and name.isidentifier() else experiment, str(path)
+    name = model.rpartition(".")[2]
+    return name if name.isidentifier() else experiment, str(EXPERIMENTS / f"{experiment}.yaml")
 
 
 def _experiment(text: str) -> tuple[str, str]:
@@ -108,23 +104,10 @@ def _experiment(text: str) -> tuple[str, str]:
     if text in experiments():
         return text, str(EXPERIMENTS / f"{text}.yaml")
     if Path(text).is_file():
-        _check_yaml(Path(text))
         return Path(text).stem, text
     if os.sep in text or text.endswith((".yaml", ".yml")):
         raise UsageError(f"--config {text}: there is no such file")
     raise UsageError(_unknown("experiment", text, experiments()))
-
-
-def _check_yaml(file: Path) -> None:
-    import yaml
-
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"--config {file} is not YAML: {reason}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"--config {file} must map keys such as model, data, trainer to values")
 
 
 def _unknown(what: str, text: str, known: Iterable[str]) -> str:
@@ -161,8 +144,7 @@ def _status(error: Exception) -> int:
 def _message(error: Exception) -> str:
     """Return the error in one line or a few, without the types that the parser tried."""
     text = str(error)
-    if "Does not validate against" in text:
-        kept = [line.strip(" -") for line in text.splitlines() if not _NOISE.match(line)]
-        text = " ".join(kept)
+    if isinstance(error, ArgumentError) or "Does not validate" in text:
+        text = " ".join(_NOISE.sub("", text).split())
     plain = _status(error) > 1 or isinstance(error, (OSError, RuntimeError))
     return text if plain else f"{type(error).__name__}: {text}"
