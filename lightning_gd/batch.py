@@ -89,32 +89,6 @@ class TakesUpdates(Protocol):
         ...
 
 
-@runtime_checkable
-class GivesUpdates(Protocol):
-    """What a model and its callbacks ask of the DataModule that feeds them."""
-
-    updates_per_step: int
-
-    @property
-    def full_batch(self) -> bool:
-        """Whether every update sees all training rows."""
-        ...
-
-
-@runtime_checkable
-class CountsUpdates(Protocol):
-    """What a run asks of the loader that feeds it."""
-
-    @property
-    def updates_per_epoch(self) -> int:
-        """The number of updates per epoch."""
-        ...
-
-    def updates_in_epoch(self) -> int | None:
-        """Return the number of updates made in this epoch, 0 after the last; None: unknown."""
-        ...
-
-
 def batches_of(content: Any) -> Updates:
     """Return the batches of one `training_step`, whatever the loader yielded."""
     return content if isinstance(content, Updates) else Updates([content])

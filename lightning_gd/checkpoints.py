@@ -1,5 +1,6 @@
 """Checkpoint files: written whole or not at all, and loaded without running code in them."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -92,27 +93,14 @@ def check_shapes(checkpoint: dict[str, Any], model: nn.Module) -> None:
 
 
 def settings_of(checkpoint: dict[str, Any], key: str = "hyper_parameters") -> dict[str, Any]:
-    """Return the arguments of the model or the data in a checkpoint, which are plain values.
-
-    Raises:
-        ValueError: If one names a class: a checkpoint must not choose what is imported.
-    """
+    """Return the arguments of the model or the data in a checkpoint."""
     found = {k: v for k, v in checkpoint.get(key, {}).items() if not k.startswith("_")}
-    if "class_path" in _keys(found):
+    if "class_path" in repr(found):  # which would choose what is imported
         raise ValueError(
             "the checkpoint is refused: its settings hold a class_path; only plain values are "
             "accepted"
         )
     return found
-
-
-def _keys(value: Any) -> set[str]:
-    """Return the keys of all dicts in a value."""
-    if isinstance(value, dict):
-        return {*value, *_keys(list(value.values()))}
-    if isinstance(value, (list, tuple)):
-        return {key for part in value for key in _keys(part)}
-    return set()
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -169,14 +157,15 @@ class SafeCheckpointIO(CheckpointIO):
     def _stamped(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Add the format, the version and the classes, and keep the settings plain."""
         data = getattr(self.model.trainer, "datamodule", None)
-        ours = {"format": FORMAT, "version": version(OURS), "left_out": []}
+        ours = {"format": FORMAT, "version": version(OURS)}
         ours |= {"model": class_name(type(self.model)), "data": class_name(type(data))}
         checkpoint = {**checkpoint, OURS: ours}
         for part in {"hyper_parameters", "datamodule_hyper_parameters"} & checkpoint.keys():
-            kept = {str(name): _plain(value) for name, value in checkpoint[part].items()}
-            checkpoint[part] = {name: v for name, v in kept.items() if v is not ...}
-            if part == "hyper_parameters":
-                ours["left_out"] = [name for name in kept if kept[name] is ...]
+            settings, checkpoint[part] = checkpoint[part], {}
+            for name, value in settings.items():
+                with contextlib.suppress(TypeError):
+                    checkpoint[part][name] = _plain(value)
+        ours["left_out"] = sorted(self.model.hparams.keys() - checkpoint["hyper_parameters"].keys())
         return checkpoint
 
 
@@ -191,19 +180,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that `read` loads again; `...` for one that has no plain form."""
+    """Return a value that `read` loads again; raise TypeError if it has no plain form."""
+    if value is None or type(value) in (bool, int, float, str, Tensor):
+        return value
     if isinstance(value, Mapping):
-        parts = [_plain(entry) for entry in value.values()]
-        return ... if _lacks(parts) else dict(zip(map(str, value), parts, strict=True))
-    if isinstance(value, (list, tuple)):
-        parts = [_plain(entry) for entry in value]
-        return ... if _lacks(parts) else tuple(parts) if isinstance(value, tuple) else parts
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, list):
+        return list(map(_plain, value))
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Path):
         return str(value)
-    return value if value is None or type(value) in (bool, int, float, str, Tensor) else ...
-
-
-def _lacks(parts: list[Any]) -> bool:
-    return any(part is ... for part in parts)  # `in` would compare tensors
+    raise TypeError

@@ -1,5 +1,7 @@
 """Validation, test and prediction: losses and metrics that are exact over uneven processes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,7 +110,17 @@ def watched(trainer: Trainer) -> str:
     return "val/loss" if trainer.enable_validation and not empty else "train/loss"
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Turn off dropout, batch statistics and autograd inside a `with` block."""
+    training = [child for child in module.modules() if child.training]
+    with torch.no_grad():
+        module.eval()
+        yield
+    for child in training:
+        child.training = True
+
+
 def check_batch(model: nn.Module, content: Any) -> None:
     """Refuse a batch `(x, y)` that `forward` cannot take, or whose prediction would broadcast.
 
@@ -130,43 +142,20 @@ def check_batch(model: nn.Module, content: Any) -> None:
                 "set --trainer.precision 64-true for float64 and 32-true for float32"
             )
     x, y = content
-    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
+    found = _predicted(model, x) if x.numel() else y
+    if not isinstance(found, Tensor) or not y.is_floating_point():
+        return
+    if found.numel() == y.numel() and found.shape != y.shape:
         raise ValueError(
-            f"a batch (x, y) needs as many targets as inputs; got x {list(x.shape)} and "
-            f"y {list(y.shape)}"
-        )
-    prediction = _predicted(model, x[:2]) if len(x) else None
-    if isinstance(prediction, Tensor) and _broadcasts(prediction, y[:2]):
-        raise ValueError(
-            f"{type(model).__name__}.forward returns {_form(prediction)} for x {_form(x)}, which "
-            f"would broadcast with y {_form(y)}: return the shape of y"
+            f"{type(model).__name__}.forward returns {list(found.shape)} for x {list(x.shape)}, "
+            f"which would broadcast with y {list(y.shape)}: return the shape of y"
         )
 
 
 def _predicted(model: nn.Module, x: Tensor) -> Any:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.random.fork_rng():
-            return model.eval()(x)
-    except (RuntimeError, IndexError) as error:
-        what = f"{type(model).__name__} cannot take the data, whose x is {_form(x)}"
-        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _broadcasts(prediction: Tensor, y: Tensor) -> bool:
-    """Tell whether a float target and a prediction of another shape would combine unnoticed."""
-    if prediction.shape == y.shape or not y.is_floating_point():
-        return False
-    if prediction.numel() == 1 and prediction.ndim != 1:
-        return True
-    try:
-        return torch.broadcast_shapes(prediction.shape, y.shape) is not None
-    except RuntimeError:
-        return False
-
-
-def _form(tensor: Tensor) -> str:
-    return "[]" if tensor.ndim == 0 else f"[{', '.join(['N', *map(str, tensor.shape[1:])])}]"
+    with torch.random.fork_rng(), evaluating(model):
+        try:
+            return model(x)
+        except (RuntimeError, IndexError) as error:
+            what = f"{type(model).__name__} cannot take the data, whose x is {list(x.shape)}"
+            raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error

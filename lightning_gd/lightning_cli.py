@@ -4,7 +4,6 @@ import atexit
 import inspect
 import logging
 import signal
-import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -24,15 +23,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import lightning_gd
 from lightning_gd.callbacks.gradient_check import draw
 from lightning_gd.checkpoints import check_class, check_shapes, read
-from lightning_gd.data.tensors import TensorDataModule, tensor_data
+from lightning_gd.data.tensors import TensorDataModule
 from lightning_gd.distributed import world_size
 from lightning_gd.gradcheck import check_gradients
 from lightning_gd.logger import RunLogger
 from lightning_gd.module import GradientDescentModule
-from lightning_gd.resume import differences, find, run_of, settings_in
+from lightning_gd.resume import find, run_of, settings_in
 from lightning_gd.settings import check_precision, number
 
-PARTS = ("model", "data")
 CALLBACKS = {  # the key of each on the command line
     "checkpoint": "RunCheckpoint",
     "gradient_check": "GradientCheck",
@@ -82,11 +80,11 @@ class CommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of a run, and one for each callback."""
         parser.add_argument("--experiment", default="run", help="Folder of the logs.")
-        start = "Checkpoint to start from: last, best, a file or the folder of a run."
-        parser.add_argument("--ckpt_path", type=str | None, help=start)
         parser.add_argument("--test_after_fit", type=bool, default=False, help="Test at the end.")
-        silent = "Seconds after which a process that does not answer ends the run."
-        parser.add_argument("--process_timeout", type=float, default=120.0, help=silent)
+        text = "Checkpoint to start from: last, best, a file or the folder of a run."
+        parser.add_argument("--ckpt_path", type=str | None, help=text)
+        text = "Seconds after which a process that does not answer ends the run."
+        parser.add_argument("--process_timeout", type=float, default=120.0, help=text)
         for key, name in CALLBACKS.items():
             cls = getattr(lightning_gd, name)
             text = " ".join(str(inspect.getdoc(cls)).split()).replace("%", "%%")
@@ -98,37 +96,40 @@ class CommandLine(LightningCLI):
         self.config = config = parser.parse_args(args)
         if config.ckpt_path in (None, "hpc"):  # that of a SLURM job which was requeued
             return
-        root = config.trainer.default_root_dir or LOGS
-        file = find(config.ckpt_path, Path(root, config.experiment))
-        self.checkpoint = checkpoint = read(file)
-        check_class(checkpoint, _class(config.model))
-        theirs = settings_in(checkpoint, _class(config.data))
+        runs = Path(config.trainer.default_root_dir or LOGS, config.experiment)
+        file = find(config.ckpt_path, runs)
+        self.checkpoint = read(file)
+        check_class(self.checkpoint, _class(config.model))
+        theirs = settings_in(self.checkpoint, _class(config.data))
         below = {p: {"class_path": config[p].class_path, "init_args": v} for p, v in theirs.items()}
         typed = 2 * args.count("--config") + 2  # after the experiment and the files
         words = [*args[:typed], "--config", yaml.safe_dump(below), *args[typed:]]
         self.config = parser.parse_args([*words, "--ckpt_path", file])
         self.continued = run_of(file) if self.verb == "fit" else None
-        self._say(file, theirs, _init_args(config))
+        self._say(file, theirs)
 
     @rank_zero_only
-    def _say(self, file: str, theirs: dict, before: dict) -> None:
-        """Print in one line where the run starts, and whose settings won."""
+    def _say(self, file: str, theirs: dict[str, dict[str, Any]]) -> None:
+        """Print in one line where the run starts, and which typed settings won."""
         parts = [f"from {file}, update {self.checkpoint['global_step']}"]
         if self.verb == "fit" and self.continued is None:
             parts.append("in a new run folder")
-        if "data" not in theirs:
-            parts.append("data not those of the checkpoint")
-        typed, kept = differences(_init_args(self.config), theirs), differences(theirs, before)
-        parts += [f"typed: {name} {text} of the checkpoint" for name, text in typed.items()]
-        parts += [f"of the checkpoint: {n} {text}" for n, text in kept.items() if n not in typed]
+        for part, values in theirs.items():
+            mine = self.config[part].init_args.as_dict()
+            parts += [
+                f"typed: {part}.{name} {mine[name]} instead of {value} of the checkpoint"
+                for name, value in values.items()
+                if name in mine and mine[name] != value
+            ]
         print("; ".join(parts))
 
     def before_instantiate_classes(self) -> None:
         """Infer num_features of the model from the data if it was not set."""
         model, kind = self.config.model, _class(self.config.data)
-        width, default = model.init_args.get("num_features"), _default_width(_class(model))
+        default = _default_width(_class(model))
         if default is None or not issubclass(kind, TensorDataModule):
             return
+        width = model.init_args["num_features"]
         wanted = kind(**self.config.data.init_args.as_dict()).num_features or width
         if width not in (default, wanted):
             raise ValueError(
@@ -175,15 +176,15 @@ class CommandLine(LightningCLI):
             return
         if isinstance(self.trainer.logger, RunLogger):
             self.trainer.logger.lock()
-            kept = self.checkpoint["curve_files"] if self.continued is not None else []
-            for files in kept[:1]:  # of the first logger
-                self.trainer.logger.cut(files)
+            if self.continued is not None and self.checkpoint["curve_files"]:
+                self.trainer.logger.cut(self.checkpoint["curve_files"][0])
         table: Any = self.config_init["end_table"]
         if table is not None:
             table.deferred = True  # until the progress bar has ended, and the test if there is one
         self.trainer.fit(self.model, **start)
         metrics = {}
-        if self.config.test_after_fit and self._has_test():
+        has_test = is_overridden("test_dataloader", self.datamodule, LightningDataModule)
+        if self.config.test_after_fit and has_test:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             metrics = self.trainer.callback_metrics
         if table is not None:
@@ -202,26 +203,13 @@ class CommandLine(LightningCLI):
         print(f"the gradient of {type(self.model).__name__} is that of loss:")
         print(*report.lines(), sep="\n")
 
-    def _has_test(self) -> bool:
-        tables = tensor_data(self.trainer)
-        overridden = is_overridden("test_dataloader", self.datamodule, LightningDataModule)
-        return overridden if tables is None else "test" in tables.tables
-
     def end_processes(self) -> None:
         """End what Lightning started for this run, even a stopped process."""
         if world_size() > 1 and dist.get_backend() == "gloo":
             dist.destroy_process_group()  # the others notice now, not seconds later
-            if self.trainer.is_global_zero:
-                time.sleep(2)  # for the others to print what happened to them
         launcher = self.trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signal.SIGKILL)
-
-
-def _init_args(config: Any) -> dict[str, dict[str, Any]]:
-    """Return the settings of the model and the data as plain dictionaries."""
-    parts = {part: config[part].get("init_args") for part in PARTS}
-    return {part: values.as_dict() if values else {} for part, values in parts.items()}
 
 
 def _class(config: Any) -> Any:
@@ -232,13 +220,6 @@ def _default_width(model: type) -> int | None:
     """Return the default of `num_features`, of the class or of the one that takes its kwargs."""
     own = (inspect.signature(cls.__init__).parameters for cls in model.__mro__)
     return next((p["num_features"].default for p in own if "num_features" in p), None)
-
-
-def _lost(text: str) -> str:
-    """Return the message shown when a collective fails because another process has died."""
-    did = "did not answer within --process_timeout" if "imed out" in text else "has ended"
-    detail = text.rpartition("] ")[2].partition(". This is")[0]  # without gloo's own file names
-    return f"another process of this run {did} ({detail})"
 
 
 def run(verb: str, words: list[str]) -> None:
@@ -253,7 +234,8 @@ def run(verb: str, words: list[str]) -> None:
     except BaseException as error:
         atexit.register(command.end_processes)  # when the error has been printed
         if type(error).__name__.startswith("Dist") or "gloo" in str(error):
-            raise RuntimeError(_lost(str(error))) from error
+            did = "has ended, or did not answer within --process_timeout"
+            raise RuntimeError(f"another process of this run {did}: {error}") from error
         raise
     if world_size() > 1:
         dist.barrier()  # without it a process may abort while another still uses it

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -93,15 +92,3 @@ def settings_in(checkpoint: dict[str, Any], data: type) -> dict[str, dict[str, A
     if checkpoint[OURS].get("data") == class_name(data):
         found["data"] = settings_of(checkpoint, "datamodule_hyper_parameters")
     return found
-
-
-def differences(
-    mine: Mapping[str, Mapping[str, Any]], others: Mapping[str, Mapping[str, Any]]
-) -> dict[str, str]:
-    """Return `value instead of other` by `part.name`, for the settings that both have."""
-    return {
-        f"{part}.{name}": f"{mine[part][name]} instead of {value}"
-        for part, values in others.items()
-        for name, value in values.items()
-        if name in mine.get(part, {}) and mine[part][name] != value
-    }

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_gd.batch import CountsUpdates
 from lightning_gd.curves import Value
 from lightning_gd.evaluation import EvaluatedModule
 from lightning_gd.settings import DivergenceError
@@ -39,9 +38,7 @@ def record_update(
 def step_schedulers(module: EvaluatedModule, interval: str) -> None:
     """Step the schedulers but plateaus in explicit mode, where Lightning steps none.
 
-    Args:
-        module: The model of the run.
-        interval: `step` (per update) or `epoch`.
+    The interval is `step` (per update) or `epoch`.
     """
     for config in _due(module.trainer, interval):
         if not isinstance(config.scheduler, ReduceLROnPlateau):
@@ -49,13 +46,7 @@ def step_schedulers(module: EvaluatedModule, interval: str) -> None:
 
 
 def step_plateaus(module: EvaluatedModule, interval: str, metric: Tensor | None) -> None:
-    """Step the plateaus in both modes: Lightning does it after the checkpoint is written.
-
-    Args:
-        module: The model of the run.
-        interval: `step` (per update) or `epoch`.
-        metric: What a plateau looks at; None leaves it as it is.
-    """
+    """Step the plateaus in both modes: Lightning does it after the checkpoint is written."""
     for config in _due(module.trainer, interval):
         ours = not module.automatic_optimization or config.frequency == STEPPED_HERE
         if ours and metric is not None and isinstance(config.scheduler, ReduceLROnPlateau):
@@ -70,18 +61,17 @@ def _due(trainer: Trainer, interval: str) -> list[Any]:
     configs = [c for c in trainer.lr_scheduler_configs if c.interval == interval]
     if not configs:
         return []
-    loader, made = trainer.train_dataloader, trainer.current_epoch + 1
+    made, batches = trainer.current_epoch + 1, trainer.num_training_batches
     if interval == "step":
-        counts = isinstance(loader, CountsUpdates)
-        per_epoch = loader.updates_per_epoch if counts else trainer.num_training_batches
+        per_epoch = getattr(trainer.train_dataloader, "updates_per_epoch", batches)
         made = (trainer.global_step - 1) % per_epoch + 1
     return [c for c in configs if c.frequency == STEPPED_HERE or made % c.frequency == 0]
 
 
 def updates_in_epoch(trainer: Trainer) -> int | None:
     """Return the number of updates made in this epoch, 0 after the last; None: unknown."""
-    loader = trainer.train_dataloader
-    return loader.updates_in_epoch() if isinstance(loader, CountsUpdates) else None
+    count = getattr(trainer.train_dataloader, "updates_in_epoch", None)
+    return count() if count else None
 
 
 def epoch_is_complete(trainer: Trainer) -> bool:
@@ -90,13 +80,7 @@ def epoch_is_complete(trainer: Trainer) -> bool:
 
 
 def stop_if_diverged(module: EvaluatedModule, first: int, losses: Tensor) -> None:
-    """Raise DivergenceError if a loss or a weight is not finite, on every process alike.
-
-    Args:
-        module: The model after the updates.
-        first: Number of updates made before them.
-        losses: The loss before each of them, shape [k].
-    """
+    """Raise DivergenceError if a weight is not finite, or a loss of the updates from `first` on."""
     finite = [p.isfinite().all() for p in module.parameters() if p.requires_grad]
     if torch.cat([losses.isfinite(), torch.stack(finite)]).all():
         return

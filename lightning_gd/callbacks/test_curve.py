@@ -1,7 +1,5 @@
 """The loss on the test rows during training."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from lightning_gd.batch import Batch, batches_of
 from lightning_gd.data.tables import GlobalBatches
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum
+from lightning_gd.evaluation import evaluating
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import whole_number
 
@@ -107,14 +106,3 @@ class _Loss(torch.nn.Module):
 
     def forward(self) -> Tensor:
         return self.batch.loss(self.model)
-
-
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Turn off dropout, batch statistics and autograd inside a `with` block."""
-    training = [child for child in module.modules() if child.training]
-    with torch.no_grad():
-        module.eval()
-        yield
-    for child in training:
-        child.training = True
