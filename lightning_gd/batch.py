@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -72,21 +72,6 @@ class Updates:
         moved = {id(batch): batch for batch in self.batches}
         moved = {key: move_data_to_device(b, torch.device(device)) for key, b in moved.items()}
         return Updates([moved[id(batch)] for batch in self.batches])
-
-
-@runtime_checkable
-class TakesUpdates(Protocol):
-    """What a DataModule asks of the model that it feeds."""
-
-    @property
-    def several_updates(self) -> bool:
-        """Whether `training_step` makes one update for each batch of an `Updates`."""
-        ...
-
-    @property
-    def batches_per_update(self) -> int:
-        """The number of batches whose gradients are accumulated per update."""
-        ...
 
 
 def batches_of(content: Any) -> Updates:

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def class_name(cls: type) -> str:
 
 
 def check_class(checkpoint: dict[str, Any], cls: type) -> None:
-    """Raise ValueError, naming both classes, if a checkpoint is of another model."""
+    """Raise ValueError if a checkpoint is of another model."""
     theirs, mine = str(checkpoint[OURS].get("model")), class_name(cls)
     if theirs.replace("__main__.", f"{cls.__module__}.") != mine:  # a script has no other name
         raise ValueError(f"the checkpoint is of {theirs}, the model is {mine}: they must be one")
@@ -87,28 +87,20 @@ def check_shapes(checkpoint: dict[str, Any], model: nn.Module) -> None:
     for name in [*mine, *theirs]:
         there, here = (list(d[name].shape) if name in d else "absent" for d in (theirs, mine))
         if there != here:
-            raise ValueError(
-                f"parameter {name!r} is {there} in the checkpoint, {here} in the model"
-            )
+            what = f"parameter {name!r} is {there} in the checkpoint, {here} in the model"
+            raise ValueError(what)
 
 
 def settings_of(checkpoint: dict[str, Any], key: str = "hyper_parameters") -> dict[str, Any]:
     """Return the arguments of the model or the data in a checkpoint."""
     found = {k: v for k, v in checkpoint.get(key, {}).items() if not k.startswith("_")}
     if "class_path" in repr(found):  # which would choose what is imported
-        raise ValueError(
-            "the checkpoint is refused: its settings hold a class_path; only plain values are "
-            "accepted"
-        )
+        raise ValueError("the checkpoint is refused: its settings hold a class_path")
     return found
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Writes a checkpoint beside its target, syncs and renames it; loads by `read`.
-
-    Args:
-        model: The model that the checkpoints are of; others are refused when loading.
-    """
+    """Writes a checkpoint of `model` beside its target, syncs and renames it; loads by `read`."""
 
     def __init__(self, model: LightningModule) -> None:
         self.model = model
@@ -116,11 +108,7 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write the file, or leave the existing one untouched.
-
-        Raises:
-            OSError: If the disk is full, or the folder cannot be written.
-        """
+        """Write the file, or leave the existing one untouched and raise OSError."""
         target, buffer = Path(local(path)), io.BytesIO()
         # Only this process writes this name; what a killed one left of it is written over.
         partial = target.with_name(f".{target.name}.partial")
@@ -138,12 +126,7 @@ class SafeCheckpointIO(CheckpointIO):
             kept = "the previous one is untouched" if target.exists() else "there is none yet"
             raise OSError(f"checkpoint {target} was not written: {error}; {kept}") from error
 
-    def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Callable | None = None,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         """Load to the CPU, tensors and plain values only; check class and shapes."""
         checkpoint = read(path)
         check_class(checkpoint, type(self.model))
@@ -173,10 +156,8 @@ def _sync_folder(folder: Path) -> None:
     """Flush the directory so that the rename survives a crash (POSIX only)."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def _plain(value: Any) -> Any:

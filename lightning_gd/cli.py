@@ -26,14 +26,10 @@ class UsageError(ValueError):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line, and return the exit status.
 
-    Args:
-        argv: Arguments without the program's name; `None` takes those of the process.
-
-    Returns:
-        0 on success, 1 for a failure of files, network or another process, 2 for wrong
-        arguments, 3 if the run diverged.
+    It is 0 on success, 1 for a failure of files, network or another process, 2 for wrong
+    arguments, 3 if the run diverged.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -55,9 +51,6 @@ def resolve(arguments: list[str]) -> list[str]:
     """Add the verb, the default experiment and the paths of experiments given by name.
 
     The result depends on the arguments alone, so that every process of a run resolves the same.
-
-    Raises:
-        UsageError: If a verb or an experiment is unknown.
     """
     arguments = [argument for argument in arguments if argument != "--traceback"]
     bare = not arguments or arguments[0].startswith("-")

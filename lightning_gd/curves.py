@@ -31,13 +31,10 @@ class Curves:
         self._buffer: dict[tuple[str, bool], list[tuple[int, Value]]] = {}
 
     def record(self, step: int, values: Mapping[str, Value], *, local: bool = False) -> None:
-        """Keep one point per curve.
+        """Keep one point per curve after `step` updates; tensors stay on their device.
 
-        Args:
-            step: Number of updates made so far.
-            values: The value of each curve, by tag; a tensor stays on its device.
-            local: The values are this process's part; written are the sums over all processes.
-                All processes must then record the same points.
+        Of `local` values the sums over all processes are written; every process must then record
+        the same points.
         """
         if step % (1 << max(0, step.bit_length() - DENSE)) == 0:
             for tag, value in values.items():

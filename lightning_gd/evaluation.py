@@ -19,17 +19,16 @@ class EvaluatedModule(LightningModule):
 
     Attributes:
         curves: The curves of the run, with one point per update.
-        batch_losses: Loss and rows of each batch that the next update of autograd mode sums up.
-        step_losses: Loss and rows of each update of the current `training_step`.
-        stable_lr: The largest stable learning rate, where a callback has found it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.curves = Curves()
+        # Loss and rows of each batch that the next update of autograd mode sums up, and of each
+        # update of the current `training_step`.
         self.batch_losses: list[tuple[Tensor, Tensor]] = []
         self.step_losses: list[tuple[Tensor, Tensor | float]] = []
-        self.stable_lr: float | None = None
+        self.stable_lr: float | None = None  # the largest, where a callback has found it
         self._evaluation: dict[str, Metric] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,9 +64,7 @@ class EvaluatedModule(LightningModule):
         """Update the metrics; those of several loaders are taken together."""
         self._evaluate(as_batch(batch))
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update the metrics; those of several loaders are taken together."""
-        self._evaluate(as_batch(batch))
+    test_step = validation_step
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return the predictions for the first element of the batch, or for the tensor it is."""
@@ -126,9 +123,6 @@ def check_batch(model: nn.Module, content: Any) -> None:
 
     A target [N, 1] against a prediction [N] makes residuals [N, N] without an error. Batches
     of other structures are left alone. The model and the random state stay as they are.
-
-    Raises:
-        ValueError: Naming the model and the shapes, or the dtypes.
     """
     like, pair = next(model.parameters(), None), isinstance(content, (tuple, list))
     if like is None or not pair or [type(part) for part in content] != [Tensor, Tensor]:

@@ -147,8 +147,6 @@ class CommandLine(LightningCLI):
         """Add the logger, the callbacks that are on, and the timeout of processes."""
         config: Any = self.config_init
         check_precision(config.trainer.precision)
-        if config.trainer.barebones:
-            raise ValueError("--trainer.barebones true has no logs: set --trainer.logger false")
         number("process_timeout", config.process_timeout, above=0, most=1e6)
         for entry in StrategyRegistry.values():  # where `auto` looks, too
             if entry["strategy"] is DDPStrategy:

@@ -29,13 +29,7 @@ METRICS = ("train/loss", "test/loss", "test/accuracy")  # their last value is a 
 
 
 class RunLogger(TensorBoardLogger):
-    """Logs one run to `<save_dir>/<name>/version_N`.
-
-    Args:
-        save_dir: Folder of all runs.
-        name: Folder of this experiment's runs in it.
-        version: Number or name of the run; null takes the next number.
-    """
+    """Logs one run to `<save_dir>/<name>/version_N`; without a version, under the next number."""
 
     def __init__(
         self,
@@ -64,9 +58,6 @@ class RunLogger(TensorBoardLogger):
         """Keep other processes from continuing this run until `finalize`.
 
         On Windows, and where the file system knows no locks, nothing happens.
-
-        Raises:
-            OSError: If another process is writing into the folder.
         """
         if fcntl is None:
             return

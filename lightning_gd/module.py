@@ -10,12 +10,7 @@ from lightning_gd.batch import Batch, as_batch, batches_of
 from lightning_gd.configured import ConfiguredModule
 from lightning_gd.distributed import RowMean, reduce_sum, world_size
 from lightning_gd.settings import check_settings
-from lightning_gd.updates import (
-    epoch_is_complete,
-    record_update,
-    step_plateaus,
-    step_schedulers,
-)
+from lightning_gd.updates import epoch_is_complete, record_update, step_plateaus, step_schedulers
 
 Gradients = dict[str, Tensor]
 
@@ -152,22 +147,16 @@ class GradientDescentModule(ConfiguredModule):
         return loss
 
     @property
-    def several_updates(self) -> bool:
-        """Whether `training_step` takes several updates at once, as explicit mode does."""
+    def several_updates(self) -> bool:  # of a step: the loader asks
         return not self.automatic_optimization
 
     @property
     def batches_per_update(self) -> int:
-        """The number of batches whose gradients are accumulated per update in explicit mode."""
         return self.hparams["accumulate_grad_batches"]
 
 
 def _in_order(gradients: Gradients, trained: dict[str, Parameter], model: str) -> list[Tensor]:
-    """Return the gradients in the order of the trained parameters.
-
-    Raises:
-        ValueError: If one is missing, or has another shape than its parameter.
-    """
+    """Return the gradients in the order of the trained parameters, of the shapes of these."""
     for name, parameter in trained.items():
         if name not in gradients:
             raise ValueError(
