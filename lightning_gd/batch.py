@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -72,6 +72,47 @@ class Updates:
         moved = {id(batch): batch for batch in self.batches}
         moved = {key: move_data_to_device(b, torch.device(device)) for key, b in moved.items()}
         return Updates([moved[id(batch)] for batch in self.batches])
+
+
+@runtime_checkable
+class TakesUpdates(Protocol):
+    """What a DataModule asks of the model that it feeds."""
+
+    @property
+    def several_updates(self) -> bool:
+        """Whether `training_step` makes one update for each batch of an `Updates`."""
+        ...
+
+    @property
+    def batches_per_update(self) -> int:
+        """The number of batches whose gradients are accumulated per update."""
+        ...
+
+
+@runtime_checkable
+class GivesUpdates(Protocol):
+    """What a model and its callbacks ask of the DataModule that feeds them."""
+
+    updates_per_step: int
+
+    @property
+    def full_batch(self) -> bool:
+        """Whether every update sees all training rows."""
+        ...
+
+
+@runtime_checkable
+class CountsUpdates(Protocol):
+    """What a run asks of the loader that feeds it."""
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """The number of updates per epoch."""
+        ...
+
+    def updates_in_epoch(self) -> int | None:
+        """Return the number of updates made in this epoch, 0 after the last; None: unknown."""
+        ...
 
 
 def batches_of(content: Any) -> Updates:

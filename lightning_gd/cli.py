@@ -82,14 +82,19 @@ def experiments() -> list[str]:
 
 
 def _default_experiment(model: str, data: str) -> tuple[str, str]:
-    """Return folder and path of the experiment whose defaults apply where no --config is typed."""
+    """Return folder and path of the experiment whose defaults apply where no --config is typed.
+
+    That is `plain` where neither model nor data are those of another experiment. A model that
+    is not the experiment's own is filed under its name.
+    """
     own = "." in model.removeprefix("lightning_gd.")
     if data.endswith("TableData") and not own:
         experiment = "table"
     else:
         experiment = "plain" if model and data else DEFAULT
-    name = model.rpartition(".")[2]
-    return name if name.isidentifier() else experiment, str(EXPERIMENTS / f"{experiment}.yaml")
+    path, name = EXPERIMENTS / f"{experiment}.yaml", model.rpartition(".")[2]
+    other = own or f"lightning_gd.{name}\n" not in path.read_text(encoding="utf-8")
+    return name if other and name.isidentifier() else experiment, str(path)
 
 
 def _experiment(text: str) -> tuple[str, str]:
@@ -97,10 +102,23 @@ def _experiment(text: str) -> tuple[str, str]:
     if text in experiments():
         return text, str(EXPERIMENTS / f"{text}.yaml")
     if Path(text).is_file():
+        _check_yaml(Path(text))
         return Path(text).stem, text
     if os.sep in text or text.endswith((".yaml", ".yml")):
         raise UsageError(f"--config {text}: there is no such file")
     raise UsageError(_unknown("experiment", text, experiments()))
+
+
+def _check_yaml(file: Path) -> None:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config {file} is not YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {file} must map keys such as model, data, trainer to values")
 
 
 def _unknown(what: str, text: str, known: Iterable[str]) -> str:

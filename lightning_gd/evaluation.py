@@ -111,18 +111,24 @@ def watched(trainer: Trainer) -> str:
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Turn off dropout, batch statistics and autograd inside a `with` block."""
     training = [child for child in module.modules() if child.training]
-    with torch.no_grad():
-        module.eval()
-        yield
-    for child in training:
-        child.training = True
+    try:
+        with torch.no_grad():
+            module.eval()
+            yield
+    finally:
+        for child in training:
+            child.training = True
 
 
+@torch.no_grad()
 def check_batch(model: nn.Module, content: Any) -> None:
     """Refuse a batch `(x, y)` that `forward` cannot take, or whose prediction would broadcast.
 
     A target [N, 1] against a prediction [N] makes residuals [N, N] without an error. Batches
     of other structures are left alone. The model and the random state stay as they are.
+
+    Raises:
+        ValueError: Naming the model and the shapes, or the dtypes.
     """
     like, pair = next(model.parameters(), None), isinstance(content, (tuple, list))
     if like is None or not pair or [type(part) for part in content] != [Tensor, Tensor]:
@@ -136,13 +142,16 @@ def check_batch(model: nn.Module, content: Any) -> None:
                 "set --trainer.precision 64-true for float64 and 32-true for float32"
             )
     x, y = content
-    found = _predicted(model, x) if x.numel() else y
-    if not isinstance(found, Tensor) or not y.is_floating_point():
-        return
-    if found.numel() == y.numel() and found.shape != y.shape:
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
         raise ValueError(
-            f"{type(model).__name__}.forward returns {list(found.shape)} for x {list(x.shape)}, "
-            f"which would broadcast with y {list(y.shape)}: return the shape of y"
+            f"a batch (x, y) needs as many targets as inputs; got x {list(x.shape)} and "
+            f"y {list(y.shape)}"
+        )
+    prediction = _predicted(model, x[:2]) if len(x) else None
+    if isinstance(prediction, Tensor) and _broadcasts(prediction, y[:2]):
+        raise ValueError(
+            f"{type(model).__name__}.forward returns {_form(prediction)} for x {_form(x)}, which "
+            f"would broadcast with y {_form(y)}: return the shape of y"
         )
 
 
@@ -151,5 +160,21 @@ def _predicted(model: nn.Module, x: Tensor) -> Any:
         try:
             return model(x)
         except (RuntimeError, IndexError) as error:
-            what = f"{type(model).__name__} cannot take the data, whose x is {list(x.shape)}"
+            what = f"{type(model).__name__} cannot take the data, whose x is {_form(x)}"
             raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
+
+
+def _broadcasts(prediction: Tensor, y: Tensor) -> bool:
+    """Tell whether a float target and a prediction of another shape would combine unnoticed."""
+    if prediction.shape == y.shape or not y.is_floating_point():
+        return False
+    if prediction.numel() == 1 and prediction.ndim != 1:
+        return True
+    try:
+        return torch.broadcast_shapes(prediction.shape, y.shape) is not None
+    except RuntimeError:
+        return False
+
+
+def _form(tensor: Tensor) -> str:
+    return "[]" if tensor.ndim == 0 else f"[{', '.join(['N', *map(str, tensor.shape[1:])])}]"

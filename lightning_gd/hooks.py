@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
 
 from lightning_gd.adaptation import adapt, move_to_place
-from lightning_gd.batch import DataBatch, as_batch, batches_of
+from lightning_gd.batch import DataBatch, GivesUpdates, as_batch, batches_of
 from lightning_gd.evaluation import EvaluatedModule, check_batch, watched
 from lightning_gd.updates import (
     epoch_is_complete,
@@ -29,10 +29,10 @@ class RunHooks(Callback):
 
     def __init__(self) -> None:
         self.epoch_loss: list[Any] = [0.0, 0.0]  # Σ loss · rows of this epoch so far, Σ rows
-        self._checked = False
+        self._unchecked: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: EvaluatedModule, stage: str) -> None:
-        self.epoch_loss, self._checked = [0.0, 0.0], False
+        self.epoch_loss, self._unchecked = [0.0, 0.0], {"train", "evaluation"}
         pl_module.batch_losses, pl_module.step_losses = [], []
         if trainer.precision == "64-true":  # Lightning would load a checkpoint into float32 first
             pl_module.double()
@@ -43,19 +43,10 @@ class RunHooks(Callback):
         self.epoch_loss = [0.0, 0.0]
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: EvaluatedModule, batch: Any, *_: Any
+        self, trainer: Trainer, pl_module: EvaluatedModule, batch: Any, batch_idx: int
     ) -> None:
-        """Check the first batch of a run before anything is computed from it."""
-        if not self._checked:
-            self._checked, first = True, as_batch(next(iter(batches_of(batch))))
-            if isinstance(first, DataBatch):
-                check_batch(pl_module, first.content)
-
-    def on_validation_batch_start(self, *args: Any) -> None:
-        self.on_train_batch_start(*args)
-
-    def on_test_batch_start(self, *args: Any) -> None:
-        self.on_train_batch_start(*args)
+        """Check the shapes of the first batch before anything is computed from it."""
+        self._check("train", pl_module, batch)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: EvaluatedModule, optimizer: Optimizer
@@ -86,7 +77,8 @@ class RunHooks(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         """Log the mean loss of an epoch of mini-batches, and step the plateaus by epoch."""
         total, rows = self.epoch_loss
-        whole = getattr(getattr(trainer, "datamodule", None), "full_batch", False)
+        data = getattr(trainer, "datamodule", None)
+        whole = isinstance(data, GivesUpdates) and data.full_batch
         if rows and not whole:
             pl_module.log("train/loss", total / rows, logger=False)
         if epoch_is_complete(trainer):
@@ -94,6 +86,14 @@ class RunHooks(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         pl_module.curves.write(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: EvaluatedModule, batch: Any, *_: Any
+    ) -> None:
+        self._check("evaluation", pl_module, batch)
+
+    def on_test_batch_start(self, *args: Any) -> None:
+        self.on_validation_batch_start(*args)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         pl_module.start_evaluation()
@@ -116,6 +116,13 @@ class RunHooks(Callback):
         module.log_dict(values, logger=False, sync_dist=True)
         if not trainer.sanity_checking:
             module.curves.record(trainer.global_step, dict(values))
+
+    def _check(self, kind: str, module: EvaluatedModule, content: Any) -> None:
+        if kind in self._unchecked:
+            self._unchecked.remove(kind)
+            first = as_batch(next(iter(batches_of(content))))
+            if isinstance(first, DataBatch):
+                check_batch(module, first.content)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch_loss": [float(value) for value in self.epoch_loss]}
@@ -143,6 +150,7 @@ class RunHooks(Callback):
 
 def _updates_per_batch(trainer: Trainer, module: EvaluatedModule) -> Fraction:
     """Return the number of updates per batch of Lightning: a fraction if it accumulates."""
-    if module.automatic_optimization:
+    data = getattr(trainer, "datamodule", None)
+    if module.automatic_optimization or not isinstance(data, GivesUpdates):
         return Fraction(1, trainer.accumulate_grad_batches)
-    return Fraction(getattr(getattr(trainer, "datamodule", None), "updates_per_step", 1))
+    return Fraction(data.updates_per_step)

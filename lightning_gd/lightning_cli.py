@@ -4,6 +4,7 @@ import atexit
 import inspect
 import logging
 import signal
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +24,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import lightning_gd
 from lightning_gd.callbacks.gradient_check import draw
 from lightning_gd.checkpoints import check_class, check_shapes, read
-from lightning_gd.data.tensors import TensorDataModule
+from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.distributed import world_size
 from lightning_gd.gradcheck import check_gradients
 from lightning_gd.logger import RunLogger
@@ -114,6 +115,8 @@ class CommandLine(LightningCLI):
         parts = [f"from {file}, update {self.checkpoint['global_step']}"]
         if self.verb == "fit" and self.continued is None:
             parts.append("in a new run folder")
+        if "data" not in theirs:
+            parts.append("data not those of the checkpoint")
         for part, values in theirs.items():
             mine = self.config[part].init_args.as_dict()
             parts += [
@@ -181,8 +184,7 @@ class CommandLine(LightningCLI):
             table.deferred = True  # until the progress bar has ended, and the test if there is one
         self.trainer.fit(self.model, **start)
         metrics = {}
-        has_test = is_overridden("test_dataloader", self.datamodule, LightningDataModule)
-        if self.config.test_after_fit and has_test:
+        if self.config.test_after_fit and self._has_test():
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             metrics = self.trainer.callback_metrics
         if table is not None:
@@ -201,10 +203,17 @@ class CommandLine(LightningCLI):
         print(f"the gradient of {type(self.model).__name__} is that of loss:")
         print(*report.lines(), sep="\n")
 
+    def _has_test(self) -> bool:
+        tables = tensor_data(self.trainer)
+        overridden = is_overridden("test_dataloader", self.datamodule, LightningDataModule)
+        return overridden if tables is None else "test" in tables.tables
+
     def end_processes(self) -> None:
         """End what Lightning started for this run, even a stopped process."""
         if world_size() > 1 and dist.get_backend() == "gloo":
             dist.destroy_process_group()  # the others notice now, not seconds later
+            if self.trainer.is_global_zero:
+                time.sleep(2)  # for the others to print what happened to them
         launcher = self.trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signal.SIGKILL)
@@ -220,6 +229,13 @@ def _default_width(model: type) -> int | None:
     return next((p["num_features"].default for p in own if "num_features" in p), None)
 
 
+def _lost(text: str) -> str:
+    """Return the message shown when a collective fails because another process has died."""
+    did = "did not answer within --process_timeout" if "imed out" in text else "has ended"
+    detail = text.rpartition("] ")[2].partition(". This is")[0]  # without gloo's own file names
+    return f"another process of this run {did} ({detail})"
+
+
 def run(verb: str, words: list[str]) -> None:
     """Parse and run; every process of a run leaves its group together."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -232,8 +248,7 @@ def run(verb: str, words: list[str]) -> None:
     except BaseException as error:
         atexit.register(command.end_processes)  # when the error has been printed
         if type(error).__name__.startswith("Dist") or "gloo" in str(error):
-            did = "has ended, or did not answer within --process_timeout"
-            raise RuntimeError(f"another process of this run {did}: {error}") from error
+            raise RuntimeError(_lost(str(error))) from error
         raise
     if world_size() > 1:
         dist.barrier()  # without it a process may abort while another still uses it

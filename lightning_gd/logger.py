@@ -29,7 +29,13 @@ METRICS = ("train/loss", "test/loss", "test/accuracy")  # their last value is a 
 
 
 class RunLogger(TensorBoardLogger):
-    """Logs one run to `<save_dir>/<name>/version_N`; without a version, under the next number."""
+    """Logs one run to `<save_dir>/<name>/version_N`.
+
+    Args:
+        save_dir: Folder of all runs.
+        name: Folder of this experiment's runs in it.
+        version: Number or name of the run; null takes the next number.
+    """
 
     def __init__(
         self,

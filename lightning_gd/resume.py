@@ -13,7 +13,11 @@ FOUND = "LIGHTNING_GD_CKPT_PATH"  # environment: process that looked, and what i
 
 
 def load(path: str | os.PathLike[str], **settings: Any) -> GradientDescentModule:
-    """Return the model of a checkpoint file, on the CPU; `settings` replace those of the file.
+    """Return the model of a checkpoint, with its settings and weights, on the CPU.
+
+    Args:
+        path: A local file.
+        **settings: Arguments of the model that replace those of the checkpoint.
 
     Raises:
         FileNotFoundError: If the file does not exist.

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_gd.batch import CountsUpdates
 from lightning_gd.curves import Value
 from lightning_gd.evaluation import EvaluatedModule
 from lightning_gd.settings import DivergenceError
@@ -61,17 +62,18 @@ def _due(trainer: Trainer, interval: str) -> list[Any]:
     configs = [c for c in trainer.lr_scheduler_configs if c.interval == interval]
     if not configs:
         return []
-    made, batches = trainer.current_epoch + 1, trainer.num_training_batches
+    loader, made = trainer.train_dataloader, trainer.current_epoch + 1
     if interval == "step":
-        per_epoch = getattr(trainer.train_dataloader, "updates_per_epoch", batches)
+        counts = isinstance(loader, CountsUpdates)
+        per_epoch = loader.updates_per_epoch if counts else trainer.num_training_batches
         made = (trainer.global_step - 1) % per_epoch + 1
     return [c for c in configs if c.frequency == STEPPED_HERE or made % c.frequency == 0]
 
 
 def updates_in_epoch(trainer: Trainer) -> int | None:
     """Return the number of updates made in this epoch, 0 after the last; None: unknown."""
-    count = getattr(trainer.train_dataloader, "updates_in_epoch", None)
-    return count() if count else None
+    loader = trainer.train_dataloader
+    return loader.updates_in_epoch() if isinstance(loader, CountsUpdates) else None
 
 
 def epoch_is_complete(trainer: Trainer) -> bool:

@@ -86,7 +86,7 @@ def test_bad_inputs_are_answered(folder, group, name):
 
 PROCESSES = {
     "option": (["--model.lr", "0"], 2, "lr=0.0 must be a finite number above 0"),
-    "YAML": (["--config", "broken.yaml"], 2, "Problems parsing config"),
+    "YAML": (["--config", "broken.yaml"], 2, "broken.yaml is not YAML"),
     "file": (["--trainer.default_root_dir", "mine.txt"], 1, "mine.txt"),
 }
 

@@ -85,9 +85,9 @@ DEFAULTS = {
     "own model": (["--model", "mine.Model"], "parity", "Model"),
     "own model and data": (["--model=mine.Model", "--data", "mine.Data"], "plain", "Model"),
     "own data": (["--data", "mine.Data"], "parity", "parity"),
-    "a model of ours": (["--model", "lightning_gd.RidgeRegression"], "parity", "RidgeRegression"),
-    "table": (["--data=TableData"], "table", "table"),
-    "linear, table": (["--model", "LinearRegression", "--data=TableData"], "table", None),
+    "the experiment's model": (["--model", "lightning_gd.ParityRegressor"], "parity", "parity"),
+    "a model of that name": (["--model", "mine.ParityRegressor"], "parity", "ParityRegressor"),
+    "table": (["--model", "LinearRegression", "--data=TableData"], "table", "table"),
     "ridge, table": (["--model", "RidgeRegression", "--data", "TableData"], "table", None),
     "own model, table": (["--model", "mine.Model", "--data", "TableData"], "plain", "Model"),
 }

@@ -39,8 +39,7 @@ class RunCheckpoint(Checkpoint):
         self._folder, self._validated, self._saved = None, -1, 0
         if stage != "fit" or getattr(trainer, "fast_dev_run", False):
             return
-        logs = trainer.log_dir or trainer.default_root_dir
-        self._folder = Path(self.dirpath or Path(logs, "checkpoints"))
+        self._folder = Path(self.dirpath) if self.dirpath else _run_folder(trainer) / "checkpoints"
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -121,3 +120,14 @@ def _validates_now(trainer: Trainer, batch_idx: int) -> bool:
     if epochs is None:
         return (trainer.fit_loop.total_batch_idx + 1) % every == 0
     return (trainer.current_epoch + 1) % epochs == 0 and (batch_idx + 1) % every == 0
+
+
+def _run_folder(trainer: Trainer) -> Path:
+    """Return the folder of the run: that of the first logger, or of the Trainer without one."""
+    folder = trainer.default_root_dir
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        named = isinstance(logger.version, str)
+        version = str(logger.version) if named else f"version_{logger.version}"
+        folder = str(Path(logger.save_dir or folder, str(logger.name or ""), version))
+    return Path(trainer.strategy.broadcast(folder))

@@ -11,7 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
-from lightning_gd.batch import Updates
+from lightning_gd.batch import TakesUpdates, Updates
 from lightning_gd.moments import Moments
 
 
@@ -129,7 +129,7 @@ class GlobalBatches:
         self.batches = self.passes * -(-len(self.table) // self.rows)  # per epoch
         self.per_update, self.per_step, self.counted = 1, 1, self.trainer is not None  # batches
         model: Any = self.trainer.lightning_module if self.trainer else None
-        if getattr(model, "several_updates", False):
+        if isinstance(model, TakesUpdates) and model.several_updates:
             self.per_update = model.batches_per_update
             self.per_step = self.updates_per_step * self.per_update
         elif self.trainer:
