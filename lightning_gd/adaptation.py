@@ -13,11 +13,7 @@ KEPT = ("optimizer", "scheduler", "scheduler_args", "scheduler_interval")  # wit
 
 
 def adapt(checkpoint: dict[str, Any], new: Mapping[str, Any]) -> None:
-    """Let the settings of this run win over those of a checkpoint that is being loaded.
-
-    Raises:
-        ValueError: If a setting changes whose state the checkpoint holds.
-    """
+    """Let the settings of this run win over those of a checkpoint that is being loaded."""
     old = checkpoint["hyper_parameters"]
     for name in KEPT:
         if old[name] != new[name]:
@@ -34,10 +30,6 @@ def move_to_place(checkpoint: dict[str, Any], updates_per_batch: Fraction) -> No
 
     Lightning would end a finished epoch a second time, begin the next one after an epoch that
     `max_steps` cut short, and count the batches of another `updates_per_step`.
-
-    Args:
-        checkpoint: As it was loaded; `updates_in_epoch` is None where the loader does not count.
-        updates_per_batch: What a batch of Lightning is in this run; a fraction if it accumulates.
     """
     loop, updates = checkpoint["loops"]["fit_loop"], checkpoint["updates_in_epoch"]
     epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]

@@ -1,11 +1,12 @@
 """Checkpoint files: written whole or not at all, and loaded without running code in them."""
 
+import contextlib
 import io
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def class_name(cls: type) -> str:
 
 
 def check_class(checkpoint: dict[str, Any], cls: type) -> None:
-    """Raise ValueError, naming both classes, if a checkpoint is of another model."""
+    """Raise ValueError if a checkpoint is of another model."""
     theirs, mine = str(checkpoint[OURS].get("model")), class_name(cls)
     if theirs.replace("__main__.", f"{cls.__module__}.") != mine:  # a script has no other name
         raise ValueError(f"the checkpoint is of {theirs}, the model is {mine}: they must be one")
@@ -86,41 +87,20 @@ def check_shapes(checkpoint: dict[str, Any], model: nn.Module) -> None:
     for name in [*mine, *theirs]:
         there, here = (list(d[name].shape) if name in d else "absent" for d in (theirs, mine))
         if there != here:
-            raise ValueError(
-                f"parameter {name!r} is {there} in the checkpoint, {here} in the model"
-            )
+            what = f"parameter {name!r} is {there} in the checkpoint, {here} in the model"
+            raise ValueError(what)
 
 
 def settings_of(checkpoint: dict[str, Any], key: str = "hyper_parameters") -> dict[str, Any]:
-    """Return the arguments of the model or the data in a checkpoint, which are plain values.
-
-    Raises:
-        ValueError: If one names a class: a checkpoint must not choose what is imported.
-    """
+    """Return the arguments of the model or the data in a checkpoint."""
     found = {k: v for k, v in checkpoint.get(key, {}).items() if not k.startswith("_")}
-    if "class_path" in _keys(found):
-        raise ValueError(
-            "the checkpoint is refused: its settings hold a class_path; only plain values are "
-            "accepted"
-        )
+    if "class_path" in repr(found):  # which would choose what is imported
+        raise ValueError("the checkpoint is refused: its settings hold a class_path")
     return found
 
 
-def _keys(value: Any) -> set[str]:
-    """Return the keys of all dicts in a value."""
-    if isinstance(value, dict):
-        return {*value, *_keys(list(value.values()))}
-    if isinstance(value, (list, tuple)):
-        return {key for part in value for key in _keys(part)}
-    return set()
-
-
 class SafeCheckpointIO(CheckpointIO):
-    """Writes a checkpoint beside its target, syncs and renames it; loads by `read`.
-
-    Args:
-        model: The model that the checkpoints are of; others are refused when loading.
-    """
+    """Writes a checkpoint of `model` beside its target, syncs and renames it; loads by `read`."""
 
     def __init__(self, model: LightningModule) -> None:
         self.model = model
@@ -128,11 +108,7 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write the file, or leave the existing one untouched.
-
-        Raises:
-            OSError: If the disk is full, or the folder cannot be written.
-        """
+        """Write the file, or leave the existing one untouched and raise OSError."""
         target, buffer = Path(local(path)), io.BytesIO()
         # Only this process writes this name; what a killed one left of it is written over.
         partial = target.with_name(f".{target.name}.partial")
@@ -150,12 +126,7 @@ class SafeCheckpointIO(CheckpointIO):
             kept = "the previous one is untouched" if target.exists() else "there is none yet"
             raise OSError(f"checkpoint {target} was not written: {error}; {kept}") from error
 
-    def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Callable | None = None,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         """Load to the CPU, tensors and plain values only; check class and shapes."""
         checkpoint = read(path)
         check_class(checkpoint, type(self.model))
@@ -169,14 +140,15 @@ class SafeCheckpointIO(CheckpointIO):
     def _stamped(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Add the format, the version and the classes, and keep the settings plain."""
         data = getattr(self.model.trainer, "datamodule", None)
-        ours = {"format": FORMAT, "version": version(OURS), "left_out": []}
+        ours = {"format": FORMAT, "version": version(OURS)}
         ours |= {"model": class_name(type(self.model)), "data": class_name(type(data))}
         checkpoint = {**checkpoint, OURS: ours}
         for part in {"hyper_parameters", "datamodule_hyper_parameters"} & checkpoint.keys():
-            kept = {str(name): _plain(value) for name, value in checkpoint[part].items()}
-            checkpoint[part] = {name: v for name, v in kept.items() if v is not ...}
-            if part == "hyper_parameters":
-                ours["left_out"] = [name for name in kept if kept[name] is ...]
+            settings, checkpoint[part] = checkpoint[part], {}
+            for name, value in settings.items():
+                with contextlib.suppress(TypeError):
+                    checkpoint[part][name] = _plain(value)
+        ours["left_out"] = sorted(self.model.hparams.keys() - checkpoint["hyper_parameters"].keys())
         return checkpoint
 
 
@@ -184,26 +156,22 @@ def _sync_folder(folder: Path) -> None:
     """Flush the directory so that the rename survives a crash (POSIX only)."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that `read` loads again; `...` for one that has no plain form."""
+    """Return a value that `read` loads again; raise TypeError if it has no plain form."""
+    if value is None or type(value) in (bool, int, float, str, Tensor):
+        return value
     if isinstance(value, Mapping):
-        parts = [_plain(entry) for entry in value.values()]
-        return ... if _lacks(parts) else dict(zip(map(str, value), parts, strict=True))
-    if isinstance(value, (list, tuple)):
-        parts = [_plain(entry) for entry in value]
-        return ... if _lacks(parts) else tuple(parts) if isinstance(value, tuple) else parts
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, list):
+        return list(map(_plain, value))
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Path):
         return str(value)
-    return value if value is None or type(value) in (bool, int, float, str, Tensor) else ...
-
-
-def _lacks(parts: list[Any]) -> bool:
-    return any(part is ... for part in parts)  # `in` would compare tensors
+    raise TypeError

@@ -13,10 +13,11 @@ EXPERIMENTS = Path(__file__).parent / "experiments"
 VERBS = ("fit", "validate", "test", "predict", "check")
 DEFAULT = "parity"
 
-# What is left out of the parser's message on a value that fits none of several types.
+# Lines of the parser's messages that tell of all types it tried.
 _NOISE = re.compile(
-    r"[ -]*(Does not validate against|Subtypes:|Errors:|Given value type:"
-    r"|Given value: (Namespace|NestedArg)\(|Expected a <class 'NoneType'>)"
+    r"^[ -]*(Does not validate|Subtypes:|Errors:|Given value type:|Given value: \w+\(|"
+    r"Expected a <class 'NoneType'>).*",
+    re.MULTILINE,
 )
 
 
@@ -25,14 +26,10 @@ class UsageError(ValueError):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line, and return the exit status.
 
-    Args:
-        argv: Arguments without the program's name; `None` takes those of the process.
-
-    Returns:
-        0 on success, 1 for a failure of files, network or another process, 2 for wrong
-        arguments, 3 if the run diverged.
+    It is 0 on success, 1 for a failure of files, network or another process, 2 for wrong
+    arguments, 3 if the run diverged.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -54,9 +51,6 @@ def resolve(arguments: list[str]) -> list[str]:
     """Add the verb, the default experiment and the paths of experiments given by name.
 
     The result depends on the arguments alone, so that every process of a run resolves the same.
-
-    Raises:
-        UsageError: If a verb or an experiment is unknown.
     """
     arguments = [argument for argument in arguments if argument != "--traceback"]
     bare = not arguments or arguments[0].startswith("-")
@@ -161,8 +155,7 @@ def _status(error: Exception) -> int:
 def _message(error: Exception) -> str:
     """Return the error in one line or a few, without the types that the parser tried."""
     text = str(error)
-    if "Does not validate against" in text:
-        kept = [line.strip(" -") for line in text.splitlines() if not _NOISE.match(line)]
-        text = " ".join(kept)
+    if isinstance(error, ArgumentError) or "Does not validate" in text:
+        text = " ".join(_NOISE.sub("", text).split())
     plain = _status(error) > 1 or isinstance(error, (OSError, RuntimeError))
     return text if plain else f"{type(error).__name__}: {text}"

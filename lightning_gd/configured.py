@@ -7,17 +7,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_gd.checkpoints import (
-    OURS,
-    SafeCheckpointIO,
-    check_class,
-    check_shapes,
-    read,
-    settings_of,
-)
+from lightning_gd import checkpoints
+from lightning_gd.checkpoints import SafeCheckpointIO
 from lightning_gd.evaluation import EvaluatedModule, watched
 from lightning_gd.hooks import RunHooks
 from lightning_gd.settings import build_optimizer, build_scheduler, check_trainer
@@ -52,26 +45,18 @@ class ConfiguredModule(EvaluatedModule):
                 f"lr='auto' is 1/λmax of a full-batch least-squares loss, which "
                 f"{type(self).__name__} does not have: set lr to a number"
             )
-        optimizer, scheduler = self._build()
-        if scheduler is None:
-            return optimizer
-        by_update = self.hparams["scheduler_interval"] == "update"
-        config: dict[str, Any] = {
-            "scheduler": scheduler,
-            "interval": "step" if by_update else "epoch",
-        }
-        if self.automatic_optimization and isinstance(scheduler, ReduceLROnPlateau):
-            config.update(monitor=watched(self.trainer), frequency=STEPPED_HERE)
-        return {"optimizer": optimizer, "lr_scheduler": config}
-
-    def _build(self) -> tuple[Optimizer, LRScheduler | None]:
         h, trained = self.hparams, [p for p in self.parameters() if p.requires_grad]
         optimizer = build_optimizer(
             h["optimizer"], trained, h["lr"], h["momentum"], h["optimizer_args"] or {}
         )
         if h["scheduler"] is None:
-            return optimizer, None
-        return optimizer, build_scheduler(h["scheduler"], optimizer, h["scheduler_args"] or {})
+            return optimizer
+        scheduler = build_scheduler(h["scheduler"], optimizer, h["scheduler_args"] or {})
+        interval = "step" if h["scheduler_interval"] == "update" else "epoch"
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": interval}
+        if self.automatic_optimization and isinstance(scheduler, ReduceLROnPlateau):
+            config.update(monitor=watched(self.trainer), frequency=STEPPED_HERE)
+        return {"optimizer": optimizer, "lr_scheduler": config}
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
@@ -86,23 +71,20 @@ class ConfiguredModule(EvaluatedModule):
     def load_from_checkpoint(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, checkpoint_path: Any, map_location: Any = "cpu", **settings: Any
     ):
-        """Return the model of a local checkpoint of this class, without running code in it.
+        """Return the model of a checkpoint file, on `map_location`, without running code in it.
 
-        Args:
-            checkpoint_path: A file.
-            map_location: The device of the model.
-            **settings: Arguments that replace those of the checkpoint.
+        The arguments `settings` replace those of the checkpoint.
         """
-        checkpoint = read(checkpoint_path)
-        check_class(checkpoint, cls)
-        lost = [name for name in checkpoint[OURS].get("left_out", ()) if name not in settings]
-        if lost:
-            raise ValueError(
-                f"checkpoint {checkpoint_path} does not hold {', '.join(lost)} of {cls.__name__}, "
-                f"which had no plain value: give it, as in load(path, {lost[0]}=...)"
-            )
-        model = cls(**{**settings_of(checkpoint), **settings})
-        check_shapes(checkpoint, model)
+        checkpoint = checkpoints.read(checkpoint_path)
+        checkpoints.check_class(checkpoint, cls)
+        for name in checkpoint[checkpoints.OURS]["left_out"]:
+            if name not in settings:
+                raise ValueError(
+                    f"checkpoint {checkpoint_path} does not hold {name} of {cls.__name__}, which "
+                    f"had no plain value: give it, as in load(path, {name}=...)"
+                )
+        model = cls(**{**checkpoints.settings_of(checkpoint), **settings})
+        checkpoints.check_shapes(checkpoint, model)
         weights = checkpoint["state_dict"]
         dtypes = [value.dtype for value in weights.values() if value.is_floating_point()]
         model.to(dtype=dtypes[0] if dtypes else None, device=map_location)

@@ -12,7 +12,7 @@ BUFFERED = 512  # points kept before they are written
 DENSE = 17  # bits: below 2¹⁷ updates every point is written, then every 2nd, 4th, …
 KEPT = 4_000  # points of a curve kept in `history`
 
-Value = Tensor | float | list[Tensor]  # of a list the norm is written
+Value = Tensor | float
 Points = list[tuple[int, dict[str, float]]]
 
 
@@ -31,14 +31,10 @@ class Curves:
         self._buffer: dict[tuple[str, bool], list[tuple[int, Value]]] = {}
 
     def record(self, step: int, values: Mapping[str, Value], *, local: bool = False) -> None:
-        """Keep one point per curve.
+        """Keep one point per curve after `step` updates; tensors stay on their device.
 
-        Args:
-            step: Number of updates made so far.
-            values: The value of each curve, by tag; a tensor stays on its device. Of a list of
-                tensors, such as a gradient, the Euclidean norm is computed when it is written.
-            local: The values are this process's part; written are the sums over all processes.
-                All processes must then record the same points.
+        Of `local` values the sums over all processes are written; every process must then record
+        the same points.
         """
         if step % (1 << max(0, step.bit_length() - DENSE)) == 0:
             for tag, value in values.items():
@@ -79,20 +75,9 @@ class Curves:
 
 
 def _numbers(column: list[Value], local: bool) -> list[float]:
-    """Return the values of a curve with one transfer from the device."""
-    lists = [value for value in column if isinstance(value, list)]
-    norms = iter(_norms(lists) if lists else ())
-    values = [next(norms) if isinstance(value, list) else value for value in column]
-    tensors = [value for value in values if isinstance(value, Tensor)]
+    """Return the values of a curve, all tensors or all floats, with one transfer."""
+    tensors = [value for value in column if isinstance(value, Tensor)]
     if not tensors:
-        return values  # pyright: ignore[reportReturnType]
+        return [float(value) for value in column]
     stacked = torch.stack(tensors)
-    numbers = iter((reduce_sum(stacked) if local else stacked).tolist())
-    return [next(numbers) if isinstance(value, Tensor) else value for value in values]
-
-
-def _norms(lists: list[list[Tensor]]) -> Tensor:
-    """Return the Euclidean norm of each list of tensors, shape [K]."""
-    columns = (torch.stack(column) for column in zip(*lists, strict=True))
-    norms = [torch.linalg.vector_norm(c.reshape(len(lists), -1), dim=1) for c in columns]
-    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return (reduce_sum(stacked) if local else stacked).tolist()

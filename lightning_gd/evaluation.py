@@ -1,5 +1,7 @@
 """Validation, test and prediction: losses and metrics that are exact over uneven processes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,17 +19,16 @@ class EvaluatedModule(LightningModule):
 
     Attributes:
         curves: The curves of the run, with one point per update.
-        batch_losses: Loss and rows of each batch that the next update of autograd mode sums up.
-        step_losses: Loss and rows of each update of the current `training_step`.
-        stable_lr: The largest stable learning rate, where a callback has found it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.curves = Curves()
+        # Loss and rows of each batch that the next update of autograd mode sums up, and of each
+        # update of the current `training_step`.
         self.batch_losses: list[tuple[Tensor, Tensor]] = []
         self.step_losses: list[tuple[Tensor, Tensor | float]] = []
-        self.stable_lr: float | None = None
+        self.stable_lr: float | None = None  # the largest, where a callback has found it
         self._evaluation: dict[str, Metric] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -63,9 +64,7 @@ class EvaluatedModule(LightningModule):
         """Update the metrics; those of several loaders are taken together."""
         self._evaluate(as_batch(batch))
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update the metrics; those of several loaders are taken together."""
-        self._evaluate(as_batch(batch))
+    test_step = validation_step
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return the predictions for the first element of the batch, or for the tensor it is."""
@@ -108,6 +107,19 @@ def watched(trainer: Trainer) -> str:
     return "val/loss" if trainer.enable_validation and not empty else "train/loss"
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Turn off dropout, batch statistics and autograd inside a `with` block."""
+    training = [child for child in module.modules() if child.training]
+    try:
+        with torch.no_grad():
+            module.eval()
+            yield
+    finally:
+        for child in training:
+            child.training = True
+
+
 @torch.no_grad()
 def check_batch(model: nn.Module, content: Any) -> None:
     """Refuse a batch `(x, y)` that `forward` cannot take, or whose prediction would broadcast.
@@ -144,16 +156,12 @@ def check_batch(model: nn.Module, content: Any) -> None:
 
 
 def _predicted(model: nn.Module, x: Tensor) -> Any:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.random.fork_rng():
-            return model.eval()(x)
-    except (RuntimeError, IndexError) as error:
-        what = f"{type(model).__name__} cannot take the data, whose x is {_form(x)}"
-        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
-    finally:
-        for module, training in modes:
-            module.training = training
+    with torch.random.fork_rng(), evaluating(model):
+        try:
+            return model(x)
+        except (RuntimeError, IndexError) as error:
+            what = f"{type(model).__name__} cannot take the data, whose x is {_form(x)}"
+            raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
 
 
 def _broadcasts(prediction: Tensor, y: Tensor) -> bool:

@@ -98,8 +98,8 @@ class RunHooks(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         pl_module.start_evaluation()
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
-        pl_module.start_evaluation()
+    def on_test_epoch_start(self, *args: Any) -> None:
+        self.on_validation_epoch_start(*args)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         """Log the metrics as `val/…`, on the x axis of the other curves."""

@@ -29,10 +29,9 @@ from lightning_gd.distributed import world_size
 from lightning_gd.gradcheck import check_gradients
 from lightning_gd.logger import RunLogger
 from lightning_gd.module import GradientDescentModule
-from lightning_gd.resume import differences, find, run_of, settings_in
+from lightning_gd.resume import find, run_of, settings_in
 from lightning_gd.settings import check_precision, number
 
-PARTS = ("model", "data")
 CALLBACKS = {  # the key of each on the command line
     "checkpoint": "RunCheckpoint",
     "gradient_check": "GradientCheck",
@@ -82,11 +81,11 @@ class CommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of a run, and one for each callback."""
         parser.add_argument("--experiment", default="run", help="Folder of the logs.")
-        start = "Checkpoint to start from: last, best, a file or the folder of a run."
-        parser.add_argument("--ckpt_path", type=str | None, help=start)
         parser.add_argument("--test_after_fit", type=bool, default=False, help="Test at the end.")
-        silent = "Seconds after which a process that does not answer ends the run."
-        parser.add_argument("--process_timeout", type=float, default=120.0, help=silent)
+        text = "Checkpoint to start from: last, best, a file or the folder of a run."
+        parser.add_argument("--ckpt_path", type=str | None, help=text)
+        text = "Seconds after which a process that does not answer ends the run."
+        parser.add_argument("--process_timeout", type=float, default=120.0, help=text)
         for key, name in CALLBACKS.items():
             cls = getattr(lightning_gd, name)
             text = " ".join(str(inspect.getdoc(cls)).split()).replace("%", "%%")
@@ -98,37 +97,42 @@ class CommandLine(LightningCLI):
         self.config = config = parser.parse_args(args)
         if config.ckpt_path in (None, "hpc"):  # that of a SLURM job which was requeued
             return
-        root = config.trainer.default_root_dir or LOGS
-        file = find(config.ckpt_path, Path(root, config.experiment))
-        self.checkpoint = checkpoint = read(file)
-        check_class(checkpoint, _class(config.model))
-        theirs = settings_in(checkpoint, _class(config.data))
+        runs = Path(config.trainer.default_root_dir or LOGS, config.experiment)
+        file = find(config.ckpt_path, runs)
+        self.checkpoint = read(file)
+        check_class(self.checkpoint, _class(config.model))
+        theirs = settings_in(self.checkpoint, _class(config.data))
         below = {p: {"class_path": config[p].class_path, "init_args": v} for p, v in theirs.items()}
         typed = 2 * args.count("--config") + 2  # after the experiment and the files
         words = [*args[:typed], "--config", yaml.safe_dump(below), *args[typed:]]
         self.config = parser.parse_args([*words, "--ckpt_path", file])
         self.continued = run_of(file) if self.verb == "fit" else None
-        self._say(file, theirs, _init_args(config))
+        self._say(file, theirs)
 
     @rank_zero_only
-    def _say(self, file: str, theirs: dict, before: dict) -> None:
-        """Print in one line where the run starts, and whose settings won."""
+    def _say(self, file: str, theirs: dict[str, dict[str, Any]]) -> None:
+        """Print in one line where the run starts, and which typed settings won."""
         parts = [f"from {file}, update {self.checkpoint['global_step']}"]
         if self.verb == "fit" and self.continued is None:
             parts.append("in a new run folder")
         if "data" not in theirs:
             parts.append("data not those of the checkpoint")
-        typed, kept = differences(_init_args(self.config), theirs), differences(theirs, before)
-        parts += [f"typed: {name} {text} of the checkpoint" for name, text in typed.items()]
-        parts += [f"of the checkpoint: {n} {text}" for n, text in kept.items() if n not in typed]
+        for part, values in theirs.items():
+            mine = self.config[part].init_args.as_dict()
+            parts += [
+                f"typed: {part}.{name} {mine[name]} instead of {value} of the checkpoint"
+                for name, value in values.items()
+                if name in mine and mine[name] != value
+            ]
         print("; ".join(parts))
 
     def before_instantiate_classes(self) -> None:
         """Infer num_features of the model from the data if it was not set."""
         model, kind = self.config.model, _class(self.config.data)
-        width, default = model.init_args.get("num_features"), _default_width(_class(model))
+        default = _default_width(_class(model))
         if default is None or not issubclass(kind, TensorDataModule):
             return
+        width = model.init_args["num_features"]
         wanted = kind(**self.config.data.init_args.as_dict()).num_features or width
         if width not in (default, wanted):
             raise ValueError(
@@ -146,8 +150,6 @@ class CommandLine(LightningCLI):
         """Add the logger, the callbacks that are on, and the timeout of processes."""
         config: Any = self.config_init
         check_precision(config.trainer.precision)
-        if config.trainer.barebones:
-            raise ValueError("--trainer.barebones true has no logs: set --trainer.logger false")
         number("process_timeout", config.process_timeout, above=0, most=1e6)
         for entry in StrategyRegistry.values():  # where `auto` looks, too
             if entry["strategy"] is DDPStrategy:
@@ -175,9 +177,8 @@ class CommandLine(LightningCLI):
             return
         if isinstance(self.trainer.logger, RunLogger):
             self.trainer.logger.lock()
-            kept = self.checkpoint["curve_files"] if self.continued is not None else []
-            for files in kept[:1]:  # of the first logger
-                self.trainer.logger.cut(files)
+            if self.continued is not None and self.checkpoint["curve_files"]:
+                self.trainer.logger.cut(self.checkpoint["curve_files"][0])
         table: Any = self.config_init["end_table"]
         if table is not None:
             table.deferred = True  # until the progress bar has ended, and the test if there is one
@@ -215,12 +216,6 @@ class CommandLine(LightningCLI):
         launcher = self.trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signal.SIGKILL)
-
-
-def _init_args(config: Any) -> dict[str, dict[str, Any]]:
-    """Return the settings of the model and the data as plain dictionaries."""
-    parts = {part: config[part].get("init_args") for part in PARTS}
-    return {part: values.as_dict() if values else {} for part, values in parts.items()}
 
 
 def _class(config: Any) -> Any:

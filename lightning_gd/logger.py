@@ -64,9 +64,6 @@ class RunLogger(TensorBoardLogger):
         """Keep other processes from continuing this run until `finalize`.
 
         On Windows, and where the file system knows no locks, nothing happens.
-
-        Raises:
-            OSError: If another process is writing into the folder.
         """
         if fcntl is None:
             return
@@ -102,9 +99,13 @@ class RunLogger(TensorBoardLogger):
         self, params: dict[str, Any] | Namespace, metrics: Any = None, step: int | None = None
     ) -> None:
         """Write the settings; TensorBoard adds the last value of each of `METRICS`."""
-        params = dict(vars(params)) if isinstance(params, Namespace) else dict(params)
-        self.hparams.update(params)
-        columns = {name: _cell(v) for name, v in params.items() if not name.startswith("_")}
+        super().log_hyperparams(params)
+        settings: Any = self.hparams
+        columns = {
+            name: value if isinstance(value, (int, float)) else str(value)
+            for name, value in settings.items()
+            if not name.startswith("_")
+        }
         experiment, *session = hparams_summaries(columns, dict.fromkeys(METRICS, 0.0))
         plugin = experiment.value[0].metadata.plugin_data
         data = HParamsPluginData.FromString(plugin.content)
@@ -169,8 +170,3 @@ def _checksums(rows: np.ndarray) -> np.ndarray:
         crc = table[(crc ^ column) & 0xFF] ^ (crc >> 8)
     crc = ~crc
     return (((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)).astype("<u4")
-
-
-def _cell(value: Any) -> int | float | str:
-    plain = isinstance(value, (int, float, str)) and not isinstance(value, bool)
-    return value if plain else str(value)

@@ -10,14 +10,8 @@ from lightning_gd.batch import Batch, as_batch, batches_of
 from lightning_gd.configured import ConfiguredModule
 from lightning_gd.distributed import RowMean, reduce_sum, world_size
 from lightning_gd.settings import check_settings
-from lightning_gd.updates import (
-    epoch_is_complete,
-    record_update,
-    step_plateaus,
-    step_schedulers,
-)
+from lightning_gd.updates import epoch_is_complete, record_update, step_plateaus, step_schedulers
 
-MOST_NUMBERS = 2**22  # of the gradients of one step, kept until its curves are written
 Gradients = dict[str, Tensor]
 
 
@@ -66,7 +60,7 @@ class GradientDescentModule(ConfiguredModule):
         self.save_hyperparameters()
         check_settings(self.hparams)
         self.automatic_optimization = gradient == "autograd"
-        self._mean, self._keeps_gradients = RowMean(), False
+        self._mean = RowMean()
 
     # 1. What a subclass defines
 
@@ -94,15 +88,10 @@ class GradientDescentModule(ConfiguredModule):
         optimizer: Any = self.optimizers()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-            parameters = list(trained.values())
-            size = sum(p.numel() for p in parameters) * len(batches)
-            self._keeps_gradients = (
-                size <= MOST_NUMBERS and self.hparams["gradient_clip_val"] is None
-            )
             for content, due in zip(batches, self._due(len(batches), batch_idx), strict=True):
                 self._add_local_gradients(as_batch(content), trained)
                 if due:
-                    self._explicit_update(parameters, optimizer)
+                    self._explicit_update(list(trained.values()), optimizer)
                 if len(self.step_losses) == left:  # max_steps lies within this step
                     break
         if epoch_is_complete(self.trainer):
@@ -128,10 +117,7 @@ class GradientDescentModule(ConfiguredModule):
         (loss, *gradients), rows = self._mean.reduce()
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
-        # Norms are computed together where copies need little memory. Without a copy, a gradient in
-        # the memory of its parameter, or in that of the one before, would change until then.
-        kept = [g.clone() for g in gradients] if self._keeps_gradients else self.clip(trained)
-        record_update(self, loss, rows, kept)
+        record_update(self, loss, rows, self.clip(trained))
         optimizer.step()  # Lightning's: it counts `global_step` and calls the callbacks
         step_schedulers(self, "step")
         step_plateaus(self, "step", loss)
@@ -161,22 +147,16 @@ class GradientDescentModule(ConfiguredModule):
         return loss
 
     @property
-    def several_updates(self) -> bool:
-        """Whether `training_step` takes several updates at once, as explicit mode does."""
+    def several_updates(self) -> bool:  # of a step: the loader asks
         return not self.automatic_optimization
 
     @property
     def batches_per_update(self) -> int:
-        """The number of batches whose gradients are accumulated per update in explicit mode."""
         return self.hparams["accumulate_grad_batches"]
 
 
 def _in_order(gradients: Gradients, trained: dict[str, Parameter], model: str) -> list[Tensor]:
-    """Return the gradients in the order of the trained parameters.
-
-    Raises:
-        ValueError: If one is missing, or has another shape than its parameter.
-    """
+    """Return the gradients in the order of the trained parameters, of the shapes of these."""
     for name, parameter in trained.items():
         if name not in gradients:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,18 +41,17 @@ def find(word: str, runs: Path) -> str:
     The processes that Lightning starts for a run get the answer of the process that started
     them: by then the run may have written a newer checkpoint.
 
-    Args:
-        word: `last` or `best`, for that of the newest run in `runs` that has one; the folder of
-            a run, for its last; or a file.
-        runs: The folder of the runs of one experiment.
-
-    Raises:
-        FileNotFoundError: If no run has a checkpoint of that name.
+    `last` and `best` are those of the newest run in the folder `runs` that has one; the folder
+    of a run stands for its last.
     """
     process, _, file = os.environ.get(FOUND, "").partition(" ")
     if process == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0":
         return file
-    file = _newest(word, runs) if word in ("last", "best") else _last_in(word)
+    if word in ("last", "best"):
+        file = _newest(word, runs)
+    else:
+        inside = (Path(word, "checkpoints", "last.ckpt"), Path(word, "last.ckpt"))
+        file = next((str(path) for path in inside if path.is_file()), word)
     os.environ[FOUND] = f"{os.getpid()} {file}"
     return file
 
@@ -63,11 +61,6 @@ def _newest(name: str, runs: Path) -> str:
     if not files:
         raise FileNotFoundError(f"--ckpt_path {name}: no run in {runs} has a checkpoint yet")
     return str(max(files, key=lambda file: _version(file.parent.parent)))
-
-
-def _last_in(path: str) -> str:
-    inside = (Path(path, "checkpoints", "last.ckpt"), Path(path, "last.ckpt"))
-    return next((str(file) for file in inside if file.is_file()), path)
 
 
 def _version(run: Path) -> int:
@@ -93,15 +86,3 @@ def settings_in(checkpoint: dict[str, Any], data: type) -> dict[str, dict[str, A
     if checkpoint[OURS].get("data") == class_name(data):
         found["data"] = settings_of(checkpoint, "datamodule_hyper_parameters")
     return found
-
-
-def differences(
-    mine: Mapping[str, Mapping[str, Any]], others: Mapping[str, Mapping[str, Any]]
-) -> dict[str, str]:
-    """Return `value instead of other` by `part.name`, for the settings that both have."""
-    return {
-        f"{part}.{name}": f"{mine[part][name]} instead of {value}"
-        for part, values in others.items()
-        for name, value in values.items()
-        if name in mine.get(part, {}) and mine[part][name] != value
-    }

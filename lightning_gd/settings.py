@@ -12,8 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-PRECISIONS = ("32-true", "64-true", "bf16-mixed")
-SHORT_PRECISIONS = ("32", "64", "bf16", "None")  # other names of these, and the default
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "32", "64", "bf16", "None")
 SEEDS = 2**63  # torch takes no larger seed
 
 
@@ -75,17 +74,17 @@ def check_settings(h: Mapping[str, Any]) -> None:
 
 def check_precision(precision: object) -> None:
     """Raise ValueError for a precision in which gradients are scaled or rounded."""
-    if str(precision) not in PRECISIONS + SHORT_PRECISIONS:
+    if str(precision) not in PRECISIONS:
         raise ValueError(
             f"--trainer.precision {precision} is not supported: its scaled or rounded "
-            f"gradients are not those of the formula; use one of {', '.join(PRECISIONS)}"
+            "gradients are not those of the formula; use 32-true, 64-true or bf16-mixed"
         )
 
 
 def check_trainer(trainer: Trainer, h: Mapping[str, Any]) -> None:
     """Raise ValueError where the Trainer cannot run the model, or a setting is given twice."""
     explicit, clip = h["gradient"] == "explicit", trainer.gradient_clip_val
-    theirs, ours = trainer.accumulate_grad_batches, h["accumulate_grad_batches"]
+    counts = {"trainer": trainer.accumulate_grad_batches, "model": h["accumulate_grad_batches"]}
     strategy = type(trainer.strategy).__name__
     if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
         raise ValueError(
@@ -98,22 +97,18 @@ def check_trainer(trainer: Trainer, h: Mapping[str, Any]) -> None:
             f"--trainer.gradient_clip_val {clip} is not applied to this model's gradients: set "
             "--model.gradient_clip_val, which clips in both modes"
         )
-    if theirs > 1 and explicit or ours > 1 and not explicit:
-        mine, other = ("trainer", "model") if explicit else ("model", "trainer")
+    unused, used = ("trainer", "model") if explicit else ("model", "trainer")
+    if counts[unused] > 1:
         raise ValueError(
-            f"--{mine}.accumulate_grad_batches {theirs if explicit else ours} is not for "
-            f"gradient={h['gradient']}: set --{other}.accumulate_grad_batches"
+            f"--{unused}.accumulate_grad_batches {counts[unused]} is not for "
+            f"gradient={h['gradient']}: set --{used}.accumulate_grad_batches"
         )
 
 
 def build_optimizer(
     name: str, parameters: Iterable[Parameter], lr: float, momentum: float, args: dict[str, Any]
 ) -> Optimizer:
-    """Build the optimizer `name` of `torch.optim`, or of a dotted path.
-
-    Raises:
-        ValueError: If there is no such class, it needs a closure, or it refuses an argument.
-    """
+    """Build the optimizer `name` of `torch.optim`, or of a dotted path."""
     cls = _find(name, "torch.optim", Optimizer, "optimizer")
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:

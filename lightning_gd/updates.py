@@ -24,19 +24,12 @@ def gradient_norm(parameters: Iterable[Parameter]) -> Tensor:
 
 
 def record_update(
-    module: EvaluatedModule, loss: Tensor, rows: Tensor | float, gradient: Tensor | list[Tensor]
+    module: EvaluatedModule, loss: Tensor, rows: Tensor | float, norm: Tensor
 ) -> None:
-    """Record the point of each curve at the update that is about to be made.
-
-    Args:
-        module: The model of the run.
-        loss: The loss before the update, shape [].
-        rows: Number of rows of the update, over all processes.
-        gradient: Its norm, shape [], or all of it.
-    """
+    """Record the loss before the update that is about to be made, and the norm of its gradient."""
     trainer = module.trainer
     step = trainer.global_step
-    values: dict[str, Value] = {"train/loss": loss, "gradient_norm": gradient}
+    values: dict[str, Value] = {"train/loss": loss, "gradient_norm": norm}
     if step == 0 or trainer.lr_scheduler_configs:
         values["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
     module.curves.record(step, values)
@@ -46,9 +39,7 @@ def record_update(
 def step_schedulers(module: EvaluatedModule, interval: str) -> None:
     """Step the schedulers but plateaus in explicit mode, where Lightning steps none.
 
-    Args:
-        module: The model of the run.
-        interval: `step` (per update) or `epoch`.
+    The interval is `step` (per update) or `epoch`.
     """
     for config in _due(module.trainer, interval):
         if not isinstance(config.scheduler, ReduceLROnPlateau):
@@ -56,13 +47,7 @@ def step_schedulers(module: EvaluatedModule, interval: str) -> None:
 
 
 def step_plateaus(module: EvaluatedModule, interval: str, metric: Tensor | None) -> None:
-    """Step the plateaus in both modes: Lightning does it after the checkpoint is written.
-
-    Args:
-        module: The model of the run.
-        interval: `step` (per update) or `epoch`.
-        metric: What a plateau looks at; None leaves it as it is.
-    """
+    """Step the plateaus in both modes: Lightning does it after the checkpoint is written."""
     for config in _due(module.trainer, interval):
         ours = not module.automatic_optimization or config.frequency == STEPPED_HERE
         if ours and metric is not None and isinstance(config.scheduler, ReduceLROnPlateau):
@@ -97,13 +82,7 @@ def epoch_is_complete(trainer: Trainer) -> bool:
 
 
 def stop_if_diverged(module: EvaluatedModule, first: int, losses: Tensor) -> None:
-    """Raise DivergenceError if a loss or a weight is not finite, on every process alike.
-
-    Args:
-        module: The model after the updates.
-        first: Number of updates made before them.
-        losses: The loss before each of them, shape [k].
-    """
+    """Raise DivergenceError if a weight is not finite, or a loss of the updates from `first` on."""
     finite = [p.isfinite().all() for p in module.parameters() if p.requires_grad]
     if torch.cat([losses.isfinite(), torch.stack(finite)]).all():
         return

@@ -94,7 +94,7 @@ WRONG = {
     "strategy": (["--trainer.strategy", "sharded"], "sharded"),
     "16-mixed": (["--trainer.precision", "16-mixed"], "precision 16-mixed .*32-true, 64-true"),
     "16-true": (["--trainer.precision", "16-true"], "precision 16-true .*32-true, 64-true"),
-    "barebones": (["--trainer.barebones", "true"], "barebones true .*--trainer.logger false"),
+    "barebones": (["--trainer.barebones", "true"], "barebones=True"),
     "passes": (["--data.batch_size", "2"], r"passes_per_epoch=100 .*got 2\)"),
     "moments": ([*MINI, "--data.moments", "true"], r"moments=True .*got 2\)"),
     "weights": (["--model.weight", "[1, 2]"], r"weight=\[1.0, 2.0\] .*num_features=1"),

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lightning_gd.batch import Batch
 from lightning_gd.callbacks.gradient_check import GradientCheck
-from lightning_gd.callbacks.test_curve import evaluating
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import RowMean
+from lightning_gd.evaluation import evaluating
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.moments import MomentsBatch
 

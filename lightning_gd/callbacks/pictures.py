@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gd.callbacks.histograms import boards
-from lightning_gd.callbacks.test_curve import evaluating
 from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import tensor_data
+from lightning_gd.evaluation import evaluating
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import whole_number
 

@@ -16,28 +16,20 @@ from lightning_gd.updates import epoch_is_complete
 class RunCheckpoint(Checkpoint):
     """Keeps the best and the last checkpoint of a run: `best.ckpt`, `last.ckpt`.
 
-    The best is that of the lowest `val/loss` where the run validates, compared after each
-    validation, else of the lowest `train/loss` of an epoch. Test data are never looked at.
+    The best is that of the lowest `val/loss` after a validation, or where the run does not
+    validate, of the lowest `train/loss` of an epoch. Test data are never looked at.
 
     Args:
         dirpath: Folder; null for `checkpoints` in the folder of the run.
         every_n_updates: Save the last after every so many updates; null: at the end of each
             epoch. Checkpoints are written between steps, so `data.updates_per_step` must divide
             it, and the updates of an epoch.
-
-    Attributes:
-        best_model_path: The best checkpoint so far; empty where there is none.
-        last_model_path: The last checkpoint; empty where there is none.
-        best_model_score: The lowest metric so far.
-
-    Raises:
-        ValueError: If `every_n_updates` is below 1, or falls inside a step.
     """
 
     def __init__(self, dirpath: str | None = None, every_n_updates: int | None = None) -> None:
         whole_number("every_n_updates", every_n_updates, 1, optional=True)
         self.dirpath, self.every_n_updates = dirpath, every_n_updates
-        self.best_model_path = self.last_model_path = ""
+        self.best_model_path = self.last_model_path = ""  # empty: there is none
         self.best_model_score = float("inf")
         self._folder: Path | None = None  # None writes nothing
         self._validated, self._saved = -1, 0  # at which update
@@ -83,10 +75,7 @@ class RunCheckpoint(Checkpoint):
             self._save_within_epoch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best where its metric has just been measured, and the last.
-
-        An epoch that was cut short was saved before its end, from where it can continue.
-        """
+        """Save the best where its metric has just been measured, and the last of a whole epoch."""
         if watched(trainer) == "train/loss" or self._validated == trainer.global_step:
             self._save_best(trainer)
         due = self.every_n_updates is None or self._is_due(trainer) or trainer.fit_loop.done
@@ -126,7 +115,7 @@ class RunCheckpoint(Checkpoint):
 def _validates_now(trainer: Trainer, batch_idx: int) -> bool:
     """Tell whether a validation follows this batch."""
     every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
-    if not (trainer.enable_validation and every) or watched(trainer) != "val/loss":
+    if watched(trainer) != "val/loss" or not every:
         return False
     if epochs is None:
         return (trainer.fit_loop.total_batch_idx + 1) % every == 0

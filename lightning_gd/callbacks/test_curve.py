@@ -1,7 +1,5 @@
 """The loss on the test rows during training."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +8,11 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.optim import Optimizer
 
-from lightning_gd.batch import Batch, batches_of
+from lightning_gd.batch import Batch
 from lightning_gd.data.tables import GlobalBatches
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum
+from lightning_gd.evaluation import evaluating
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import whole_number
 
@@ -23,16 +22,12 @@ TOGETHER, NUMBERS = 64, 2**19  # updates whose losses are computed together, and
 class TestCurve(Callback):
     """Records `test/loss`, the loss over all test rows at the weights before an update.
 
-    In a step of several updates the losses of up to 64 are computed together, so that the test
-    rows are read once for all of them; this changes their last digit at most. It needs a
-    GradientDescentModule and a TensorDataModule with test rows.
+    In a step of several updates the losses of up to 64 are computed together, which changes their
+    last digit at most. It needs a GradientDescentModule and a TensorDataModule with test rows.
 
     Args:
         every_n_updates: Updates from one point to the next; null is every update of the full
             batch, and the first of each epoch of mini-batches.
-
-    Raises:
-        ValueError: If `every_n_updates` is below 1.
     """
 
     __test__ = False  # tells pytest that this is no test
@@ -56,20 +51,14 @@ class TestCurve(Callback):
             if isinstance(loader, GlobalBatches) and not (self.every_n_updates or data.full_batch):
                 self._every = loader.updates_per_epoch
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self._batch is not None:
-            self._together = self._most if len(batches_of(batch)) > 1 else 1
-
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: GradientDescentModule, optimizer: Optimizer
     ) -> None:
         if self._batch is None or trainer.global_step % self._every:
             return
-        named = pl_module.named_parameters() if self._together > 1 else ()
-        self._kept.append((trainer.global_step, {name: p.detach().clone() for name, p in named}))
-        if len(self._kept) >= self._together:
+        weights = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        self._kept.append((trainer.global_step, weights))
+        if len(self._kept) >= self._most:
             self._record(pl_module, self._batch)
 
     def on_train_batch_end(
@@ -94,7 +83,7 @@ class TestCurve(Callback):
             try:
                 return vmap(lambda w: functional_call(loss, w))(stacked)
             except RuntimeError:  # not every loss can be computed at stacked weights
-                self._most = self._together = 1
+                self._most = 1
         return torch.stack([functional_call(loss, w) for w in weights])
 
 
@@ -107,14 +96,3 @@ class _Loss(torch.nn.Module):
 
     def forward(self) -> Tensor:
         return self.batch.loss(self.model)
-
-
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Turn off dropout, batch statistics and autograd inside a `with` block."""
-    training = [child for child in module.modules() if child.training]
-    with torch.no_grad():
-        module.eval()
-        yield
-    for child in training:
-        child.training = True
