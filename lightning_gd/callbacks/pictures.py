@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gd.callbacks.histograms import boards
+from lightning_gd.callbacks.run_folder import boards
 from lightning_gd.callbacks.test_curve import evaluating
 from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import tensor_data
