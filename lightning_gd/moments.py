@@ -116,23 +116,13 @@ class Moments:
         self, weight: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return L, ∂L/∂w and ∂L/∂b (None without bias) from one product of matrix and vector."""
-        return self._at(pad(weight, (0, 1), value=-1.0), bias)
-
-    def _at(self, u: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        u = pad(weight, (0, 1), value=-1.0)
         product, error = torch.mv(self.cov, u), torch.dot(self.mean, u)
         if bias is not None:
             error = error + bias
         loss, twice = torch.addcmul(torch.dot(u, product), error, error), error + error
         gradient = torch.addcmul(product + product, self.mean, twice)[:-1]
         return loss, gradient, None if bias is None else twice
-
-    def excess_loss(self, theta: Tensor, optimum: Optimum) -> Tensor:
-        """Return L − L* = δᵀ Cov(x, x) δ + (mean·δ + δb)², which does not cancel near the optimum.
-
-        `theta` is (w, b), shape [D+1], or w alone, as in `optimum`; δ = w − w* and δb = b − b*.
-        """
-        delta = theta - optimum.theta.to(theta)
-        return self._at(pad(delta[: self.size], (0, 1)), delta[self.size :].sum())[0]
 
     def hessian(self, bias: bool = True) -> Tensor:
         """Return H = 2/N [x 1]ᵀ[x 1] in the order (w, b), shape [D+1, D+1]; [D, D] without bias."""

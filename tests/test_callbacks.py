@@ -94,9 +94,7 @@ def test_the_predicted_curves_are_the_measured_ones(make_trainer, momentum, mome
         # Rounding enters as 1e-16 of the first loss per update; seen is 1e-15.
         assert predicted[1][:100] == pytest.approx(measured, rel=0, abs=1e-12 * measured[0])
     (optimum,) = history["optimum/train/loss"][1]
-    steps, excess = history["train/excess_loss"]
-    assert steps == list(range(10, 101, 10))
-    assert excess[-1] == pytest.approx(history["predicted/train/loss"][1][-1] - optimum, abs=1e-12)
+    assert optimum <= min(history["train/loss"][1])
 
 
 def test_a_rate_that_diverges_is_named(make_trainer, capsys):

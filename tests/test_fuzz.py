@@ -299,8 +299,8 @@ def half_the_slope_of_the_bias(_, self, x, y):
     return {"weight": 2 * (r @ x) / len(r), "bias": r.mean()}
 
 
-def centred(at, self, u, bias):
-    return at(Moments(self.n, self.mean * 0, self.cov), u, bias)
+def centred(original, self, weight, bias):
+    return original(Moments(self.n, self.mean * 0, self.cov), weight, bias)
 
 
 def without_the_means_between(_, self, reduce_sum):
@@ -321,7 +321,7 @@ def six_digits(dump, *args, **kwargs):
 
 MUTANTS = {  # class, method, and what takes its place and gets it as the first argument
     "explicit_is_autograd": (LinearRegression, "gradients", half_the_slope_of_the_bias),
-    "moments_are_the_direct_formula": (Moments, "_at", centred),
+    "moments_are_the_direct_formula": (Moments, "loss_and_gradients", centred),
     "moments_of_parts_add_up": (Moments, "reduce", without_the_means_between),
     "every_row_once_in_the_same_batches": (GlobalBatches, "_order", with_replacement),
     "the_place_follows_global_step": (GlobalBatches, "_place", lambda at, self: (at(self)[0], 0)),

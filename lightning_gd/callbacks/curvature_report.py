@@ -26,24 +26,21 @@ MOST_ROWS = 2048  # local rows for the curvature of a loss that is not least squ
 class CurvatureReport(Callback):
     """Prints the largest stable and the best learning rate, and warns of one that diverges.
 
-    Least squares: exact, from the moments of the training rows. The loss above the optimum is
-    recorded as `train/excess_loss` after each step, and for full-batch SGD the loss of the exact
-    solution as `optimum/train/loss` and the predicted curves as `predicted/train/loss` and
-    `predicted/test/loss`. Another loss of a GradientDescentModule: the largest eigenvalue of its
-    Hessian at the start, by Hessian-vector products.
+    Least squares: exact, from the moments of the training rows. For full-batch SGD the loss of the
+    exact solution is recorded as `optimum/train/loss`, and the predicted curves as
+    `predicted/train/loss` and `predicted/test/loss`. Another loss of a GradientDescentModule: the
+    largest eigenvalue of its Hessian at the start, by Hessian-vector products.
     """
 
-    _squares: LeastSquares | None = None
     _is_due = False  # a report from the first batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._squares, self._is_due = None, isinstance(pl_module, GradientDescentModule)
+        self._is_due = isinstance(pl_module, GradientDescentModule)
         size = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        if self._is_due and size <= MOST_PARAMETERS:
-            self._squares = LeastSquares.of(trainer, pl_module)
-        if self._squares is not None:
+        squares = LeastSquares.of(trainer, pl_module) if size <= MOST_PARAMETERS else None
+        if self._is_due and squares is not None:
             self._is_due = False
-            _print(trainer, _exact(trainer, pl_module, self._squares))
+            _print(trainer, _exact(trainer, pl_module, squares))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: GradientDescentModule, batch: Any, batch_idx: int
@@ -61,27 +58,20 @@ class CurvatureReport(Callback):
             lines = [f"curvature at the start: not known ({error!r})"]
         _print(trainer, lines)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: GradientDescentModule, *_: Any
-    ) -> None:
-        if self._squares is not None:
-            theta, optimum = self._squares.theta(), self._squares.optimum
-            excess = self._squares.moments().excess_loss(theta, optimum)
-            pl_module.curves.record(trainer.global_step, {"train/excess_loss": excess})
-
 
 def _exact(trainer: Trainer, module: Any, squares: LeastSquares) -> list[str]:
     """Return the report of the exact curvature, and draw the predicted curves."""
     h, curvature, optimum = module.hparams, squares.curvature, squares.optimum.theta
-    run = squares.theta(), optimum, h["lr"], h["momentum"]
-    report, module.stable_lr = curvature.report(*run), curvature.max_lr(h["momentum"])
+    lr, momentum = h["lr"], h["momentum"]
+    report, module.stable_lr = curvature.report(lr, momentum), curvature.max_lr(momentum)
     if h["optimizer"] != "SGD" or h["optimizer_args"]:
         return report[:1]
     steady = h["scheduler"] is None and h["gradient_clip_val"] is None and squares.data.full_batch
     loader, epochs = trainer.train_dataloader, trainer.max_epochs or -1
     if steady and isinstance(loader, GlobalBatches) and trainer.global_step == 0:
         limits = (trainer.max_steps, epochs * loader.updates_per_epoch, MOST_PREDICTED)
-        errors = curvature.errors(*run, min(limit for limit in limits if limit > 0))
+        steps = min(limit for limit in limits if limit > 0)
+        errors = curvature.errors(squares.theta(), optimum, lr, momentum, steps)
         _draw(trainer, module, squares, optimum + errors @ curvature.eigenvectors.T)
     return report
 

@@ -69,11 +69,9 @@ class LinearRegression(GradientDescentModule):
         return torch.addmv(self.bias, x, self.weight)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """L = 1/N Σ r², with r = x w + b − y."""
         return (self(x) - y).square().mean()
 
     def gradients(self, x: Tensor, y: Tensor) -> Gradients:
-        """∂L/∂w = 2/N xᵀ r, shape [D], and ∂L/∂b = 2/N Σ r, shape []."""
         r = self(x) - y
         return {"weight": 2 * (r @ x) / len(r), "bias": 2 * r.mean()}
 
@@ -101,22 +99,20 @@ class LinearRegression(GradientDescentModule):
         """Compute the loss as the mean squared error of the predictions."""
         return {"loss": MeanSquaredError()}
 
-    @staticmethod
-    def example_batch() -> tuple["LinearRegression", Tensor, Tensor]:
+    @classmethod
+    def example_batch(cls) -> tuple["LinearRegression", Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1)
         x, y = torch.randn(7, 3, generator=generator), torch.randn(7, generator=generator)
-        return LinearRegression(num_features=3, start="linear"), x, y
+        return cls(num_features=3, start="linear"), x, y
 
 
 def _start(start: str, num_features: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return weight [D] and bias [] of a start, drawn on the CPU whatever the default device."""
     one_of("start", start, ("zeros", "uniform", "linear"))
-    weight, bias = torch.zeros(num_features, device="cpu"), torch.zeros((), device="cpu")
     generator = torch.Generator().manual_seed(seed)
-    if start == "uniform":  # as in the notebook
-        weight = torch.rand(num_features, generator=generator, device="cpu")
-    elif start == "linear":  # nn.Linear draws both from U(−1/√D, 1/√D)
-        drawn = torch.rand(num_features + 1, generator=generator, device="cpu").mul(2).sub(1)
-        drawn = drawn.mul(1 / math.sqrt(num_features))
-        weight, bias = drawn[:-1].clone(), drawn[-1].clone()
-    return weight, bias
+    weight = torch.rand(num_features, generator=generator, device="cpu")
+    bias = torch.rand((), generator=generator, device="cpu")
+    if start == "linear":  # nn.Linear draws both from U(−1/√D, 1/√D)
+        bound = 1 / math.sqrt(num_features)
+        return (2 * weight - 1) * bound, (2 * bias - 1) * bound
+    return weight if start == "uniform" else 0 * weight, 0 * bias
