@@ -1,5 +1,6 @@
 """Pictures at the end of a fit, as PNG files and in TensorBoard."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +19,14 @@ from lightning_gd.settings import whole_number
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from lightning_gd.figures import Curves
+
 MOST_ROWS = 2_000  # points of the data in the picture of a fitted line
-
-
-def shared_chart(*tags: str) -> dict[str, dict[str, list]]:
-    """Return a layout of TensorBoard's custom scalars: `tags` of all runs in one chart."""
-    predicted = [f"(predicted/|optimum/)?{tag}$" for tag in tags]
-    charts = {" and ".join(tags): list(tags), "measured and predicted": predicted}
-    return {"loss": {title: ["Multiline", names] for title, names in charts.items()}}
+MEASURED = ["train/loss", "test/loss"]
+CHARTS = {  # of TensorBoard's custom scalars, for all runs together
+    "train/loss and test/loss": ["Multiline", MEASURED],
+    "measured and predicted": ["Multiline", [f"(predicted/|optimum/)?{tag}$" for tag in MEASURED]],
+}
 
 
 class Pictures(Callback):
@@ -56,7 +57,7 @@ class Pictures(Callback):
         self._folder = Path(folder) / "pictures" if folder and own else None
         self.lines, self._at = [], None
         for board in boards(trainer) if self._folder else ():
-            board.add_custom_scalars(shared_chart("train/loss", "test/loss"))
+            board.add_custom_scalars({"loss": CHARTS})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = tensor_data(trainer)
@@ -104,12 +105,9 @@ def _of_model(module: GradientDescentModule) -> "dict[str, Figure]":
     from lightning_gd import figures
 
     drawn, history = {}, module.curves.history
-    curves = {part: history.get(f"{part}/loss") for part in ("train", "val", "test")}
-    measured = {part: curve for part, curve in curves.items() if curve}
-    if measured:
-        curves = {part: history.get(f"predicted/{part}/loss") for part in measured}
-        predicted = {part: curve for part, curve in curves.items() if curve}
+    if measured := _curves(history, "", ("train", "val", "test")):
         _, best = history.get("optimum/train/loss", ([], [None]))
+        predicted = _curves(history, "predicted/", measured)
         drawn["loss"] = figures.loss_curves(measured, predicted, best[0])
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.numel() == 784:
@@ -117,20 +115,25 @@ def _of_model(module: GradientDescentModule) -> "dict[str, Figure]":
     return drawn
 
 
+def _curves(history: "Curves", kind: str, parts: Iterable[str]) -> "Curves":
+    return {part: history[tag] for part in parts if (tag := f"{kind}{part}/loss") in history}
+
+
 def _of_digits(module: LightningModule, table: Table, worst: int) -> "dict[str, Figure]":
     from lightning_gd import figures
 
-    if table.raw.shape[1:] != (784,) or not (table.y.abs() == 1).all():
+    y, labels = table.y, table.labels
+    if labels is None or table.raw.shape[1:] != (784,) or not (y.abs() == 1).all():
         return {}
-    scores, y, labels = _predict(module, table.x), table.y, table.labels
-    names = y.int() if labels is None else labels
-    drawn = {"wrong_digits": figures.wrong_digits(table.raw, y, scores, names, worst)}
-    if labels is not None:
-        right, odd = ((scores > 0) == (y > 0)).float(), float((y > 0).float().mean())
-        accuracies = [float(right[labels == digit].mean()) for digit in range(10)]
-        overall, majority = float(right.mean()), max(odd, 1 - odd)
-        drawn["accuracy_by_digit"] = figures.accuracy_by_digit(accuracies, overall, majority)
-    return drawn
+    scores, odd = _predict(module, table.x), float((y > 0).float().mean())
+    right = ((scores > 0) == (y > 0)).float()
+    by_digit = [float(right[labels == digit].mean()) for digit in range(10)]
+    return {
+        "wrong_digits": figures.wrong_digits(table.raw, y, scores, labels, worst),
+        "accuracy_by_digit": figures.accuracy_by_digit(
+            by_digit, float(right.mean()), max(odd, 1 - odd)
+        ),
+    }
 
 
 def _predict(module: LightningModule, x: Tensor) -> Tensor:
