@@ -38,8 +38,8 @@ class Coefficients(Callback):
     """After a fit on `TableData`: prints the coefficients and writes `coefficients.csv`.
 
     Each is in target units per unit of its column, at full precision, beside the exact
-    least-squares one. A line says how far the two are apart. The model needs a `weight` for each
-    feature and a `bias`.
+    least-squares one: of several solutions, the one with the smallest weights. A line says how far
+    the two are apart. The model needs a `weight` for each feature and a `bias`.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,27 +53,27 @@ class Coefficients(Callback):
         exact = data.coefficients(best[:-1], best[-1]).tolist()
         found = data.coefficients(weight, bias).tolist()
         rows = list(zip([*data.features, "intercept"], found, exact, strict=True))
-        print(f"Coefficients for {data.target}")
-        _print(rows)
+        _print(data.target, rows)
         if getattr(type(pl_module), "loss", None) is LinearRegression.loss:
             gaps = torch.cat([weight, bias[None]]).detach().cpu() - best
             distance = float(gaps.abs().max() / best[:-1].abs().max())
-            print(_verdict(trainer, distance, curvature, data.num_features + bias.requires_grad))
+            print(_verdict(trainer, distance, curvature))
         header = ("term", "coefficient", "least_squares", "difference")
         lines = [header, *((term, a, b, a - b) for term, a, b in rows)]
         if path := write_csv(trainer, "coefficients.csv", lines):
             print(f"every digit: {path}")
 
 
-def _print(rows: Rows) -> None:
+def _print(target: str, rows: Rows) -> None:
     shown = rows if len(rows) <= MOST_SHOWN else [*rows[: MOST_SHOWN - 1], rows[-1]]
     width = max(len(term) for term, _, _ in shown)
+    print(f"Coefficients for {target}")
     print(f"  {'term':{width}} {'coefficient':>24} {'exact least squares':>24} {'difference':>10}")
     for term, a, b in shown:
         print(f"  {term:{width}} {a!r:>24} {b!r:>24} {a - b:>10.1e}")
 
 
-def _verdict(trainer: Trainer, distance: float, curvature: Tensor, size: int) -> str:
+def _verdict(trainer: Trainer, distance: float, curvature: Tensor) -> str:
     """Say how near the fit came to the exact solution, or that its learning rate is too large."""
     optimizer = trainer.optimizers[0]
     lr, momentum = (optimizer.param_groups[0].get(name, 0.0) for name in ("lr", "momentum"))
@@ -83,10 +83,8 @@ def _verdict(trainer: Trainer, distance: float, curvature: Tensor, size: int) ->
             f"the fit diverged: lr {lr:.4g} is too large; the largest stable rate of the full "
             f"batch is {stable:.4g}"
         )
-    free = size - len(curvature)
-    undetermined = f"; the data leave {free} directions of the coefficients open" if free else ""
     return (
         f"{distance:.2g} of the largest coefficient away from the exact solution after "
         f"{trainer.global_step:,} updates: the condition number is "
-        f"{float(curvature[0] / curvature[-1]):.3g}{undetermined}"
+        f"{float(curvature[0] / curvature[-1]):.3g}"
     )
