@@ -4,7 +4,7 @@ Colours are those of Okabe and Ito, which readers with any colour vision tell ap
 vermilion and even always blue, in bars and in weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import matplotlib
@@ -23,7 +23,7 @@ TEXT, SMALL = 14, 12  # points; at 100 dots per inch they are readable at half s
 
 
 def loss_curves(
-    measured: Curves, predicted: Curves | None = None, optimum: float | None = None
+    measured: Curves, predicted: Iterable[Curve] = (), optimum: float | None = None
 ) -> Figure:
     """Draw the losses by update on a log scale.
 
@@ -37,7 +37,7 @@ def loss_curves(
         marker = "o" if np.size(curve[0]) < 30 else ""
         width = 2.5 if i else 5  # both are seen where they coincide
         _plot(axes, curve, color=PARTS[part], marker=marker, lw=width, label=part)
-    for curve in (predicted or {}).values():
+    for curve in predicted:
         _plot(axes, curve, color=BLACK, lw=1.2, ls="--", label="predicted")
     if optimum is not None:
         height = optimum if optimum > 1e-3 * axes.get_ylim()[0] else np.nan  # far below: no line

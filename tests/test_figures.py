@@ -35,7 +35,7 @@ def every_figure():
     x, at, two = np.arange(1.0, 5), np.linspace(1, 4, 11), {n: falling(r) for n, r in RATES}
     lines = [(k, at * (2 - 0.85**k * 2)) for k in (0, 1, 2, 4, 8, 16, 32, 64, 100)]
     return {
-        "loss": figures.loss_curves(two, two, 0.05),
+        "loss": figures.loss_curves(two, two.values(), 0.05),
         "loss in one decade": figures.loss_curves({"train": falling(0.99)}, optimum=1e-30),
         "weights": figures.weight_picture(np.linspace(-1, 0.3, 784)),
         "wrong": figures.wrong_digits(*digits()),

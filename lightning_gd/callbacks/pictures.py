@@ -1,8 +1,7 @@
 """Pictures at the end of a fit, as PNG files and in TensorBoard."""
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,11 +14,6 @@ from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import whole_number
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from lightning_gd.figures import Curves
 
 MOST_ROWS = 2_000  # points of the data in the picture of a fitted line
 MEASURED = ["train/loss", "test/loss"]
@@ -73,41 +67,41 @@ class Pictures(Callback):
         if self._at is not None and (not self.lines or trainer.global_step.bit_count() == 1):
             self.lines.append((trainer.global_step, _predict(pl_module, self._at)))
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._folder is None or not isinstance(pl_module, GradientDescentModule):
+    def on_fit_end(self, trainer: Trainer, pl_module: GradientDescentModule) -> None:
+        if self._folder is None:
             return
         from lightning_gd import figures  # matplotlib takes a while to import: only when drawing
 
         data = tensor_data(trainer)
         tables = {} if data is None else data.tables
-        drawn = _of_model(pl_module)
+        drawn = _of_model(figures, pl_module)
         if self._at is not None:
             self.lines.append((trainer.global_step, _predict(pl_module, self._at)))
             x, y = (rows[:MOST_ROWS] for rows in (tables["train"].x[:, 0], tables["train"].y))
             drawn["fit"] = figures.fitted_lines(x, y, self._at[:, 0], self.lines)
         if "test" in tables:
-            drawn |= _of_digits(pl_module, tables["test"], self.worst)
-        for name, figure in drawn.items():
-            self._publish(figure, name, trainer)
-
-    def _publish(self, figure: "Figure", name: str, trainer: Trainer) -> None:
-        from matplotlib.image import imread
-
-        assert self._folder is not None
+            drawn |= _of_digits(figures, pl_module, tables["test"], self.worst)
         self._folder.mkdir(parents=True, exist_ok=True)
-        path, step = self._folder / f"{name}.png", trainer.global_step
-        figure.savefig(path)
-        for board in boards(trainer):  # reading is faster than drawing once more
-            board.add_image(f"pictures/{name}", imread(path), step, dataformats="HWC")
+        for name, figure in drawn.items():
+            _publish(trainer, name, figure, self._folder / f"{name}.png")
 
 
-def _of_model(module: GradientDescentModule) -> "dict[str, Figure]":
-    from lightning_gd import figures
+def _publish(trainer: Trainer, name: str, figure: Any, path: Path) -> None:
+    from matplotlib.image import imread
 
+    figure.savefig(path)
+    for board in boards(trainer):  # reading is faster than drawing once more
+        board.add_image(f"pictures/{name}", imread(path), trainer.global_step, dataformats="HWC")
+
+
+def _of_model(figures: Any, module: GradientDescentModule) -> dict[str, Any]:
     drawn, history = {}, module.curves.history
-    if measured := _curves(history, "", ("train", "val", "test")):
+    parts = [part for part in ("train", "val", "test") if f"{part}/loss" in history]
+    if parts:
+        measured = {part: history[f"{part}/loss"] for part in parts}
+        found = [history.get(f"predicted/{part}/loss") for part in parts]
+        predicted = [curve for curve in found if curve is not None]
         _, best = history.get("optimum/train/loss", ([], [None]))
-        predicted = _curves(history, "predicted/", measured)
         drawn["loss"] = figures.loss_curves(measured, predicted, best[0])
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.numel() == 784:
@@ -115,24 +109,19 @@ def _of_model(module: GradientDescentModule) -> "dict[str, Figure]":
     return drawn
 
 
-def _curves(history: "Curves", kind: str, parts: Iterable[str]) -> "Curves":
-    return {part: history[tag] for part in parts if (tag := f"{kind}{part}/loss") in history}
-
-
-def _of_digits(module: LightningModule, table: Table, worst: int) -> "dict[str, Figure]":
-    from lightning_gd import figures
-
+def _of_digits(
+    figures: Any, module: GradientDescentModule, table: Table, worst: int
+) -> dict[str, Any]:
     y, labels = table.y, table.labels
     if labels is None or table.raw.shape[1:] != (784,) or not (y.abs() == 1).all():
         return {}
     scores, odd = _predict(module, table.x), float((y > 0).float().mean())
     right = ((scores > 0) == (y > 0)).float()
     by_digit = [float(right[labels == digit].mean()) for digit in range(10)]
+    overall, majority = float(right.mean()), max(odd, 1 - odd)
     return {
         "wrong_digits": figures.wrong_digits(table.raw, y, scores, labels, worst),
-        "accuracy_by_digit": figures.accuracy_by_digit(
-            by_digit, float(right.mean()), max(odd, 1 - odd)
-        ),
+        "accuracy_by_digit": figures.accuracy_by_digit(by_digit, overall, majority),
     }
 
 
