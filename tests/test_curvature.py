@@ -168,9 +168,9 @@ def test_what_is_not_least_squares(make_trainer):
 @pytest.mark.parametrize(
     "words, data, model",
     [
-        ("Ridge.* is not least squares, or set --model.lr to a", {}, {"model": RidgeRegression}),
-        (r"set --model.optimizer SGD \(got Adam\)", {}, {"optimizer": "Adam"}),
-        (r"set --data.batch_size null \(got batch_size=7\)", {"batch_size": 7}, {}),
+        ("got Ridge.*: set --model.lr to a number", {}, {"model": RidgeRegression}),
+        ("with SGD; got LinearRegression with optimizer=Adam", {}, {"optimizer": "Adam"}),
+        ("full-batch .*batch_size=7", {"batch_size": 7}, {}),
         ("unless every x is 0", {}, {"bias": False}),
     ],
 )

@@ -9,36 +9,19 @@ from torchmetrics.wrappers import LambdaInputTransformer
 from lightning_gd.models.linear import LinearRegression
 
 
-class MajorityAccuracy(Metric):
-    """Accuracy of always predicting the majority class, which a classifier must beat."""
-
-    odd: Tensor
-    total: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("odd", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count the classes of `target`, +1 or −1; the prediction does not matter."""
-        self.odd += (target > 0).sum()
-        self.total += len(target)
-
-    def compute(self) -> Tensor:
-        """max(odd, even) / all."""
-        return torch.maximum(self.odd, self.total - self.odd) / self.total
-
-
 def decision_metrics() -> dict[str, Metric]:
-    """Metrics of the decision "odd where ŷ > 0", with odd (+1) as the positive class."""
+    """Metrics of the decision "odd where ŷ > 0", with odd (+1) as the positive class.
+
+    `majority_accuracy` is that of always predicting the majority class: max(p, 1 − p), where p is
+    the accuracy of always predicting odd.
+    """
     metrics = {
-        "accuracy": BinaryAccuracy(),
-        "precision": BinaryPrecision(),
-        "recall": BinaryRecall(),
+        "accuracy": LambdaInputTransformer(BinaryAccuracy(), _odd, _odd),
+        "precision": LambdaInputTransformer(BinaryPrecision(), _odd, _odd),
+        "recall": LambdaInputTransformer(BinaryRecall(), _odd, _odd),
     }
-    decided = {name: LambdaInputTransformer(m, _odd, _odd) for name, m in metrics.items()}
-    return {**decided, "majority_accuracy": MajorityAccuracy()}
+    always_odd = LambdaInputTransformer(BinaryAccuracy(), torch.ones_like, _odd)
+    return {**metrics, "majority_accuracy": abs(always_odd - 0.5) + 0.5}
 
 
 def _odd(score: Tensor) -> Tensor:
