@@ -5,9 +5,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from lightning_gd.moments import Moments, rank_tolerance
+from lightning_gd.moments import rank_tolerance
 
 MOST_PRODUCTS = 200  # of a Hessian and a vector
 
@@ -88,13 +87,6 @@ class Curvature:
                 f"and the loss by {factor**2:.4g}; the largest stable rate is {stable:.4g}"
             )
         return lines
-
-
-def losses_along(moments: Moments, parameters: Tensor) -> Tensor:
-    """Return the losses, shape [K], of parameter vectors, [K, D+1] or without bias [K, D]."""
-    u = pad(parameters[:, : moments.size], (0, 1), value=-1.0)
-    error = u @ moments.mean + parameters[:, moments.size :].sum(1)
-    return (u @ moments.cov * u).sum(1) + error.square()
 
 
 def largest_eigenvalue(hvp: Callable[[Tensor], Tensor], like: Tensor, rtol: float = 1e-6) -> float:

@@ -70,7 +70,7 @@ class LeastSquares:
         moments, theta = self.moments(), -self.theta().abs()
         sizes = Moments(moments.n, moments.mean.abs(), moments.cov.abs())  # all of one sign
         _, *terms = sizes.loss_and_gradients(theta[: sizes.size], theta[sizes.size :].sum())
-        return max(term.abs().max().item() for term in terms if term is not None)
+        return max(term.abs().max().item() for term in terms)
 
 
 class AutoLearningRate(Callback):

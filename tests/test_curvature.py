@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_gd import LinearRegression, RidgeRegression
-from lightning_gd.curvature import Curvature, largest_eigenvalue, losses_along
+from lightning_gd.curvature import Curvature, largest_eigenvalue
 from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import TensorDataModule
 from lightning_gd.leastsquares import LeastSquares
@@ -66,8 +66,8 @@ def test_predicted_curves_are_the_measured_ones(case, part, momentum):
     others, measured = table(n=30, size=x.shape[1], seed=5), losses(x, y, path)
     for found, wanted in [
         (errors.square() @ curvature.eigenvalues / 2 + opt.loss, measured),
-        (losses_along(m, walked), measured),
-        (losses_along(Moments.of(*others), walked), losses(*others, path)),
+        (m.loss(walked[:, :-1], walked[:, -1]), measured),
+        (Moments.of(*others).loss(walked[:, :-1], walked[:, -1]), losses(*others, path)),
     ]:
         assert (found - wanted).abs().max() <= 1e-9 * wanted.max()
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lightning_gd.batch import Batch, as_batch, batches_of
-from lightning_gd.curvature import largest_eigenvalue, losses_along
+from lightning_gd.curvature import largest_eigenvalue
 from lightning_gd.data.tables import GlobalBatches
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.leastsquares import LeastSquares
@@ -79,8 +79,10 @@ def _exact(trainer: Trainer, module: Any, squares: LeastSquares) -> list[str]:
 def _draw(trainer: Trainer, module: Any, squares: LeastSquares, path: Tensor) -> None:
     """Write the loss of the exact solution, and the predicted curves as far as they are finite."""
     curves = {"optimum/train/loss": squares.optimum.loss[None]}
+    size = squares.moments().size
     for part in ("train", "test") if "test" in squares.data.tables else ("train",):
-        curves[f"predicted/{part}/loss"] = losses_along(squares.moments(part), path)
+        losses = squares.moments(part).loss(path[:, :size], path[:, size:].sum(1))
+        curves[f"predicted/{part}/loss"] = losses
     for tag, losses in curves.items():
         points = [(k, {tag: v}) for k, v in enumerate(losses.tolist()) if math.isfinite(v)]
         module.curves.add_points(trainer, points)

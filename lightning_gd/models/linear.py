@@ -81,13 +81,10 @@ class LinearRegression(GradientDescentModule):
         return r.dot(r) / len(r), {"weight": scaled @ x, "bias": scaled.sum()}
 
     def loss_from_moments(self, moments: Moments) -> Tensor:
-        """L = wᵀCw − 2wᵀc + v + e², with C, c, v the centred moments of x and y."""
         return moments.loss(self.weight, self.bias)
 
     def loss_and_gradients_from_moments(self, moments: Moments) -> tuple[Tensor, Gradients]:
-        """∂L/∂w = 2(Cw − c) + 2e m and ∂L/∂b = 2e, e = mᵀw + b − ȳ: no row is read."""
         loss, weight, bias = moments.loss_and_gradients(self.weight, self.bias)
-        assert bias is not None
         return loss, {"weight": weight, "bias": bias}
 
     def configure_callbacks(self) -> list[Callback]:
