@@ -108,8 +108,7 @@ def accuracy_by_digit(accuracies: Sequence[float], overall: float, majority: flo
     for first, name, colour in ((0, "even", EVEN), (1, "odd", ODD)):
         axes.bar(range(first, 10, 2), accuracies[first::2], color=colour, label=f"{name} digits")
     for digit, value in enumerate(accuracies):
-        if np.isfinite(value):
-            axes.text(digit, 0.03, f"{value:.2f}", color="white", fontsize=TEXT, ha="center")
+        axes.text(digit, 0.03, f"{value:.2f}", color="white", fontsize=TEXT, ha="center")
     axes.axhline(overall, color=BLACK, lw=2, label=f"all digits {overall:.3f}")
     axes.axhline(majority, color=BLACK, lw=2, ls=":", label=f"majority class {majority:.3f}")
     axes.set_xticks(range(10))

@@ -193,7 +193,7 @@ def test_the_end_table_fits_its_width(make_trainer, tmp_path, monkeypatch, capsy
     rows = dict(re.findall(r"^(\S+(?: \S+)*)  +(\S.*)$", text, re.M))
     final = model.loss(*data.local("train")).item()
     expected = {
-        "gradient": "explicit, from moments",
+        "gradient": "explicit",
         "updates": "50",
         "learning rate": "0.02",
         "processes": "1 (cpu)",

@@ -16,7 +16,6 @@ from lightning_gd.callbacks.test_curve import evaluating
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import RowMean
 from lightning_gd.module import GradientDescentModule
-from lightning_gd.moments import MomentsBatch
 
 WIDTH = 18  # of the names
 
@@ -64,8 +63,6 @@ class EndTable(Callback):
         values = {"train/loss": mean.reduce()[0][0]}
         self.add(values)
         module.curves.record(module.trainer.global_step, values)
-        if isinstance(batch, MomentsBatch) and not module.automatic_optimization:
-            self._rows["gradient"] += ", from moments"
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.deferred:

@@ -33,9 +33,6 @@ class Pictures(Callback):
 
     Args:
         worst: Largest number of wrongly scored digits shown.
-
-    Raises:
-        ValueError: If `worst` is below 1.
     """
 
     def __init__(self, worst: int = 20) -> None:

@@ -27,9 +27,6 @@ class RunCheckpoint(Checkpoint):
         best_model_path: The best checkpoint so far; empty where there is none.
         last_model_path: The last checkpoint; empty where there is none.
         best_model_score: The lowest metric so far.
-
-    Raises:
-        ValueError: If `every_n_updates` is below 1.
     """
 
     def __init__(self, dirpath: str | None = None, every_n_updates: int | None = None) -> None:

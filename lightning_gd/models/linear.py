@@ -31,9 +31,6 @@ class LinearRegression(GradientDescentModule):
         intercept: The bias to start from, instead of `start`.
         start_seed: Seed of a random start.
         **kwargs: Those of `GradientDescentModule`.
-
-    Raises:
-        ValueError: If a value is out of range or the number of weights is not D.
     """
 
     def __init__(

@@ -26,8 +26,7 @@ class ParityMLP(GradientDescentModule):
     squared:  ℓ = (ŷ − y)²            d = 2/N (ŷ − y)             relu:  φ′ = 1 where h > 0
     logistic: ℓ = log(1 + exp(−y ŷ))  d = −y/N σ(−y ŷ)            tanh:  φ′ = 1 − h²
 
-    A digit is called odd where ŷ > 0. A, a, w are drawn: from zeros the network could not
-    learn, since h = 0 makes ∂L/∂w vanish and w = 0 makes δ, so that b alone would ever move; and
+    A digit is called odd where ŷ > 0. A and w are drawn: from zeros b alone would ever move, and
     hidden units that start alike have the same gradient and stay copies of one.
 
     Args:
@@ -37,9 +36,6 @@ class ParityMLP(GradientDescentModule):
         loss: ℓ, `squared` or `logistic`.
         start_seed: Seed of the start: A by He's rule for φ, w as in `nn.Linear`, a and b zero.
         **kwargs: Those of `GradientDescentModule`.
-
-    Raises:
-        ValueError: If a value is out of range.
     """
 
     def __init__(

@@ -21,9 +21,6 @@ class RidgeRegression(LinearRegression):
     Args:
         alpha: The price α of ‖w‖²; 0 is least squares.
         **kwargs: Those of `LinearRegression` and `GradientDescentModule`.
-
-    Raises:
-        ValueError: If α is negative or not finite.
     """
 
     def __init__(self, alpha: float = 0.1, **kwargs) -> None:
