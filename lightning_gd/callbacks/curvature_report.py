@@ -36,27 +36,22 @@ class CurvatureReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_due = isinstance(pl_module, GradientDescentModule)
-        size = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        squares = LeastSquares.of(trainer, pl_module) if size <= MOST_PARAMETERS else None
-        if self._is_due and squares is not None:
-            self._is_due = False
-            _print(trainer, _exact(trainer, pl_module, squares))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: GradientDescentModule, batch: Any, batch_idx: int
     ) -> None:
         if not self._is_due:
             return
-        self._is_due, data = False, tensor_data(trainer)
-        try:
-            first = as_batch(next(iter(batches_of(batch))))
-            if data is not None:
-                rows = tuple(part[:MOST_ROWS] for part in data.local("train"))
-                first = as_batch(rows).to(pl_module.device)
-            lines = _at_the_start(pl_module, first)
-        except Exception as error:  # no report is a reason to end a run
-            lines = [f"curvature at the start: not known ({error!r})"]
-        _print(trainer, lines)
+        self._is_due = False
+        size = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        squares = LeastSquares.of(trainer, pl_module) if size <= MOST_PARAMETERS else None
+        if squares is not None:
+            lines = _exact(trainer, pl_module, squares)
+        else:
+            lines = _at_the_start(trainer, pl_module, batch)
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        for line in lines if trainer.is_global_zero else ():
+            console.print(line, style="bold yellow" if line.startswith("WARNING") else "dim")
 
 
 def _exact(trainer: Trainer, module: Any, squares: LeastSquares) -> list[str]:
@@ -88,17 +83,18 @@ def _draw(trainer: Trainer, module: Any, squares: LeastSquares, path: Tensor) ->
         module.curves.add_points(trainer, points)
 
 
-def _print(trainer: Trainer, lines: list[str]) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    for line in lines if trainer.is_global_zero else ():
-        console.print(line, style="bold yellow" if line.startswith("WARNING") else "dim")
-
-
-def _at_the_start(module: GradientDescentModule, batch: Batch) -> list[str]:
+def _at_the_start(trainer: Trainer, module: GradientDescentModule, batch: Any) -> list[str]:
     """Return the report of λmax of the Hessian at the present weights, over some local rows."""
-    rows, h = batch.rows(module), module.hparams
-    largest = _largest_curvature(module, batch) if rows else 0.0
-    line = f"curvature at the start, on {rows:g} rows: the largest eigenvalue of the Hessian is "
+    h, data, first = module.hparams, tensor_data(trainer), as_batch(next(iter(batches_of(batch))))
+    if data is not None:
+        rows = tuple(part[:MOST_ROWS] for part in data.local("train"))
+        first = as_batch(rows).to(module.device)
+    count = first.rows(module)
+    try:
+        largest = _largest_curvature(module, first) if count else 0.0
+    except Exception as error:  # no report is a reason to end a run
+        return [f"curvature at the start: not known ({error!r})"]
+    line = f"curvature at the start, on {count:g} rows: the largest eigenvalue of the Hessian is "
     if largest <= 0:
         return [f"{line}{largest:.4g}"]
     stable = 2 * (1 + h["momentum"]) / largest

@@ -42,16 +42,13 @@ class Pictures(Callback):
         self._at: Tensor | None = None  # inputs, shape [K, 1]
         self._folder: Path | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = trainer.log_dir if stage == "fit" and trainer.loggers else None
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder, data = trainer.log_dir if trainer.loggers else None, tensor_data(trainer)
         own = isinstance(pl_module, GradientDescentModule) and trainer.is_global_zero
         self._folder = Path(folder) / "pictures" if folder and own else None
         self.lines, self._at = [], None
         for board in boards(trainer) if self._folder else ():
             board.add_custom_scalars({"loss": CHARTS})
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = tensor_data(trainer)
         if self._folder is None or data is None:
             return
         train = data.tables["train"]
