@@ -1,13 +1,16 @@
 """What the curvature of a least-squares loss says about the learning rate."""
 
 import math
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from lightning_gd.moments import rank_tolerance
 
+MOST_UPDATES, MOST_WALKED = 10**9, 10**4  # that are counted without and with momentum
 MOST_PRODUCTS = 200  # of a Hessian and a vector
 
 
@@ -61,29 +64,68 @@ class Curvature:
 
         The losses are L* + ½ Σ λ e², the parameters θ* + `errors @ eigenvectors.T`.
         """
-        now = previous = self.eigenvectors.T @ (start.double() - best)
-        slope, errors = 1 + momentum - lr * self.eigenvalues, [now]
-        for _ in range(steps):
-            now, previous = torch.sub(slope * now, previous, alpha=momentum), now
-            errors.append(now)
-        return torch.stack(errors)
+        return torch.stack(list(islice(self._walk(start, best, lr, momentum), steps + 1)))
 
-    def report(self, lr: float, momentum: float) -> list[str]:
+    def _walk(self, start: Tensor, best: Tensor, lr: float, momentum: float) -> Iterator[Tensor]:
+        now = previous = self.eigenvectors.T @ (start.double() - best)
+        slope = 1 + momentum - lr * self.eigenvalues
+        while True:
+            yield now
+            now, previous = torch.sub(slope * now, previous, alpha=momentum), now
+
+    def updates_needed(self, start: Tensor, best: Tensor, lr: float, momentum: float) -> int | None:
+        """Return the number of updates after which the loss above L* stays below 1 % of the first.
+
+        None if the run diverges, starts at L*, or needs 10⁹ updates (10⁴ with momentum) or more.
+        """
+        walk, slope = self._walk(start, best, lr, momentum), 1 - lr * self.eigenvalues
+        parts = self.eigenvalues * next(walk).square()
+        goal = 0.01 * parts.sum()
+        if goal == 0 or self.factor(lr, momentum) >= 1:
+            return None
+        if momentum:  # the loss swings
+            losses = (error.square() @ self.eigenvalues for error in islice(walk, MOST_WALKED))
+            updates = max((k for k, loss in enumerate(losses, 2) if loss > goal), default=1)
+            return updates if updates <= MOST_WALKED else None
+        counts = range(MOST_UPDATES)
+        updates = bisect_left(counts, True, key=lambda k: bool(slope.pow(2 * k) @ parts <= goal))
+        return updates if updates in counts else None
+
+    def report(self, start: Tensor, best: Tensor, lr: float, momentum: float) -> list[str]:
         """Return what to expect of a run, one sentence per line, numbers with 4 digits."""
-        beta, stable = f" with momentum {momentum:.4g}" if momentum else "", self.max_lr(momentum)
+        flat = len(self.eigenvalues) - self.rank
+        beta = f" with momentum {momentum:.4g}" if momentum else ""
+        updates = self.updates_needed(start, best, lr, momentum)
         lines = [
             f"curvature: the largest eigenvalue of the Hessian is {self.largest:.4g}, the smallest "
             f"{self.smallest:.4g} (condition number {self.condition_number:.4g})",
-            f"the largest stable rate{beta} is {stable:.4g}, the best "
+            f"{flat} of {len(best)} directions do not change the loss at all" if flat else None,
+            f"the largest stable rate{beta} is {self.max_lr(momentum):.4g}, the best "
             f'{self.best_lr(momentum):.4g}; lr "auto" is {self.auto_lr:.4g}',
+            self._verdict(lr, momentum),
+            updates and f"1 % of the loss above the optimum is left after {updates} updates",
         ]
-        if lr > stable:
-            factor = self.factor(lr, momentum)  # of the steepest error, which changes its sign
-            lines.append(
-                f"WARNING: lr {lr:.4g} diverges: each update multiplies the error by −{factor:.4g} "
-                f"and the loss by {factor**2:.4g}; the largest stable rate is {stable:.4g}"
+        return [line for line in lines if line]
+
+    def _verdict(self, lr: float, momentum: float) -> str:
+        factor, stable = self.factor(lr, momentum), self.max_lr(momentum)
+        top = factor if momentum else 1 - lr * self.largest
+        if lr > stable or factor >= 1:
+            signed = f"{top:.4g}".replace("-", "−")
+            return (
+                f"WARNING: lr {lr:.4g} {'diverges' if lr > stable else 'does not converge'}: each "
+                f"update multiplies the error by {signed} and the loss by {factor**2:.4g}; the "
+                f"largest stable rate is {stable:.4g}"
             )
-        return lines
+        swing = "; the steepest part changes sign at each update" if top < 0 else ""
+        if 1 - factor < 1e-4:
+            halved = f"{math.log(0.5) / math.log(factor):.2g} updates"
+            slow = "slowly along the flattest direction: halving the error there takes"
+            return f"lr {lr:.4g} converges, {slow} {halved}{swing}"
+        return (
+            f"lr {lr:.4g} converges: in the long run each update multiplies the error by "
+            f"{factor:.4g} and the loss above the optimum by {factor**2:.4g}{swing}"
+        )
 
 
 def largest_eigenvalue(hvp: Callable[[Tensor], Tensor], like: Tensor, rtol: float = 1e-6) -> float:

@@ -183,7 +183,10 @@ READ = {
         r"Column.forward returns \[N, 1\] .*broadcast with y \[N\]",
     ),
     "no moments": ([*MLP, *DIGITS, "--data.moments", "true"], "moments=True .* ParityMLP"),
-    "interval": (["--checkpoint.every_n_updates", "-7"], "every_n_updates=-7 must be an integer"),
+    "within a step": (
+        ["--checkpoint.every_n_updates", "7"],
+        "every_n_updates=7 .*updates_per_step must",
+    ),
     "float64": (["--data", "bad_own.Doubles"], "x is torch.float64 .*weights are torch.float3"),
     "own nan": (["--data", "bad_own.Nan"], r"x\[1, 0\] of the train rows is nan"),
     "own inf": (["--data", "bad_own.Infinite"], r"y\[2\] of the train rows is inf"),

@@ -80,3 +80,15 @@ def test_a_step_of_one_batch_is_what_any_loader_yields():
     moved = several.to("meta")  # gathered and sent together
     assert [(x.device.type, *x.shape, *y.shape) for x, y in moved] == [("meta", 2, 1, 2, 1)] * 2
     assert several.to(torch.device("cpu")) is several
+
+
+def test_where_steps_end():
+    """A step ends after every `every` updates only if none of these lies within a step."""
+    for passes, k, limit in ((11, 4, math.inf), (12, 4, math.inf), (12, 5, 2), (3, 7, math.inf)):
+        run, ends = loader(2, passes=passes, updates_per_step=k, limit=limit), {0}
+        for epoch in range(60):
+            run.trainer.global_step = epoch * run.updates_per_epoch
+            for step in run:
+                ends.add(max(ends) + len(batches_of(step)))
+        for every in range(1, 25):
+            assert run.ends_step_every(every) == (set(range(0, max(ends), every)) <= ends)

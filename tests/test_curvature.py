@@ -85,23 +85,44 @@ def test_factor_is_the_spectral_radius_and_smallest_at_best_lr(momentum):
         assert best <= curvature.factor(lr, momentum) + 1e-7
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("part", [0.1, 0.3, 0.99])
+def test_updates_needed_is_where_the_curve_stays_below_a_hundredth(part, momentum):
+    _, curvature, opt, theta0 = ready(*table())
+    run = theta0, opt.theta, part * curvature.max_lr(momentum), momentum
+    curve = curvature.errors(*run, 5000).square() @ curvature.eigenvalues
+    assert curve[-1] < 0.01 * curve[0]  # the curve is long enough
+    assert curvature.updates_needed(*run) == int((curve > 0.01 * curve[0]).nonzero()[-1]) + 1
+
+
+def test_updates_needed_where_it_never_comes_or_takes_long():
+    slow, start = Curvature(torch.diag(torch.tensor([1.0, 1e-6]))), torch.tensor([0.0, 1])
+    # (1 − 1e-6)^2k = 0.01 ⇔ k = ln 10 / 1e-6; float32 1e-6 is exact to 1e-8.
+    assert slow.updates_needed(start, 0 * start, 1.0, 0.0) == pytest.approx(2302584, rel=1e-6)
+    for lr, momentum in [(1e-3, 0.0), (1.0, 0.5), (0.0, 0.0), (2.1, 0.0)]:
+        assert slow.updates_needed(start, 0 * start, lr, momentum) is None
+    assert slow.updates_needed(start, start, 1.0, 0.0) is None  # nothing is left to do
+
+
 def test_reports():
-    h = Curvature(torch.diag(torch.tensor([0, 1.0, 4.0])))
-    assert h.report(0.25, 0.0) == [
+    h, start = Curvature(torch.diag(torch.tensor([0, 1.0, 4.0]))), torch.tensor([9.0, 1.0, 0])
+    assert h.report(start, 0 * start, 0.25, 0.0) == [
         "curvature: the largest eigenvalue of the Hessian is 4, the smallest 1 (condition number "
         "4)",
+        "1 of 3 directions do not change the loss at all",
         'the largest stable rate is 0.5, the best 0.4; lr "auto" is 0.25',
+        "lr 0.25 converges: in the long run each update multiplies the error by 0.75 and the loss "
+        "above the optimum by 0.5625",
+        "1 % of the loss above the optimum is left after 9 updates",  # 0.75^18 = 0.0056
     ]
     for lr, momentum, words in [
-        (
-            1.0,
-            0.0,
-            "WARNING: lr 1 diverges: each update multiplies the error by −3 and",
-        ),
+        (0.4, 0.0, "by 0.6 and the loss above the optimum by 0.36; the steepest part changes sign"),
+        (1e-5, 0.0, "slowly along the flattest direction: halving the error there takes 6.9e+04"),
+        (0.5, 0.0, "lr 0.5 does not converge: each update multiplies the error by −1 and the loss"),
         (99.0, 0.9, "WARNING: lr 99 diverges"),
         (0.1, 0.9, 'rate with momentum 0.9 is 0.95, the best 0.76; lr "auto" is 0.25'),
     ]:
-        assert words in "\n".join(h.report(lr, momentum))
+        assert words in "\n".join(h.report(start, 0 * start, lr, momentum))
 
 
 @pytest.mark.parametrize("size", [1, 2, 50, 300])

@@ -1,6 +1,5 @@
 """Every model in `lightning_gd/models`: its formulas, start values, names and metrics."""
 
-import inspect
 import math
 import shutil
 import typing
@@ -51,18 +50,6 @@ def each_choice(model_class):
     return [{}, *({n: v} for n, values in own_choices(model_class).items() for v in values)]
 
 
-def example(model_class, **chosen):
-    """A small model that does not start from zeros, and a batch for it."""
-    drawn, known = torch.Generator().manual_seed(3), set()
-    for cls in model_class.__mro__[: model_class.__mro__.index(GradientDescentModule)]:
-        known |= inspect.signature(cls.__init__).parameters.keys()
-    small = {"num_features": 5, "hidden": 4, "start": "linear"}
-    model = model_class(**{name: small[name] for name in small.keys() & known}, **chosen)
-    # With these numbers no hidden unit is near the kink of relu.
-    x, y = torch.randn(6, 5, generator=drawn), torch.randn(6, generator=drawn)
-    return model, x, y.sign() if "accuracy" in model.metrics() else y
-
-
 def rebuild(model, **changes):
     return type(model)(**{**model.hparams, **changes}).double()
 
@@ -78,7 +65,7 @@ def trained(model):
 @st.composite
 def problems(draw, model_class, rows=SIZES):
     """A model in float64 with any of its settings, at its start or elsewhere, and a batch."""
-    model, x, y = example(model_class)
+    model, x, y = model_class.example_batch()
     changes = {name: draw(st.sampled_from(v)) for name, v in own_choices(model_class).items()}
     shape = [draw(rows), *x.shape[1:]]
     if "num_features" in model.hparams:
@@ -128,9 +115,9 @@ def test_the_formula_is_the_gradient_of_the_loss(model_class, data):
 
 
 def test_autograd_is_the_slope_of_the_loss(model_class):
-    small, x, y = example(model_class)
+    example, x, y = model_class.example_batch()
     for choices in each_choice(model_class):
-        model = rebuild(small, **choices)
+        model = rebuild(example, **choices)
         # Central differences at 1e-6: rounding of the loss, 1e-16, and a third derivative's 1e-12.
         torch.autograd.gradcheck(
             lambda *_, model=model: model.loss(x.double(), y.double()),
@@ -140,7 +127,8 @@ def test_autograd_is_the_slope_of_the_loss(model_class):
 
 
 def test_the_formula_only_reads(model_class):
-    model, x, y = example(model_class)
+    model, x, y = model_class.example_batch()
+    assert type(model) is model_class, f"{model_class.__name__} needs its own example_batch"
     before = [t.detach().clone() for t in (*model.parameters(), x, y)]
     with torch.no_grad():
         first, second = model.gradients(x, y), model.gradients(x, y)
@@ -157,17 +145,17 @@ def test_the_formula_only_reads(model_class):
 
 def random_rows(model_class):
     """40 rows that fit the example of a model."""
-    model, x, y = example(model_class)
+    example, x, y = model_class.example_batch()
     inputs, targets = normal(40, *x.shape[1:]), normal(40, seed=1) + 0.3
-    return model, inputs, targets.sign() if is_class(y) else targets
+    return example, inputs, targets.sign() if is_class(y) else targets
 
 
 def test_both_modes_make_the_same_updates(model_class, make_trainer):
-    small, x, y = random_rows(model_class)
+    example, x, y = random_rows(model_class)
     for choices in each_choice(model_class):
         ends = []
         for gradient in MODES:
-            model = rebuild(small, gradient=gradient, lr=0.05, momentum=0.9, **choices)
+            model = rebuild(example, gradient=gradient, lr=0.05, momentum=0.9, **choices)
             first = {name: p.detach().clone() for name, p in trained(model).items()}
             train(make_trainer(max_steps=30), model, Rows(x, y, batch_size=16))
             ends.append(model.state_dict())
@@ -178,8 +166,8 @@ def test_both_modes_make_the_same_updates(model_class, make_trainer):
 
 def test_metrics_are_those_of_numpy(model_class, make_trainer, monkeypatch):
     monkeypatch.setattr("lightning_gd.data.tensors.EVALUATION_ROWS", 7)  # several, uneven batches
-    small, x, targets = random_rows(model_class)
-    model = rebuild(small)
+    example, x, targets = random_rows(model_class)
+    model = rebuild(example)
     (found,) = make_trainer().test(model, datamodule=Rows(x, targets), verbose=False)
     scores, y = model(x).detach().numpy(), targets.numpy()
     odd, called = y > 0, scores > 0
@@ -202,7 +190,8 @@ def test_metrics_are_those_of_numpy(model_class, make_trainer, monkeypatch):
 def test_the_mean_squared_error_has_its_own_name_where_it_is_not_the_loss():
     other = [RidgeRegression(), LogisticParity(), ParityMLP(4, 2, loss="logistic")]
     for model in [*other, LinearRegression(), ParityMLP(4, 2)]:
-        assert ("mse" in model.metrics()) == (model in other)
+        name = "mse" if model in other else "loss"
+        assert [n for n in ("mse", "loss") if n in model.metrics()] == [name]
 
 
 # A model is one file
@@ -214,6 +203,11 @@ class Later(LinearRegression):
     def gradients(self, x, y):
         r = self(x) - y
         return {"weight": 2 * r @ x / len(r), "bias": FACTOR * r.mean()}
+
+    @staticmethod
+    def example_batch():
+        model, x, y = LinearRegression.example_batch()
+        return Later(**model.hparams), x, y
 """
 LINE = "--data PointsData --trainer.max_steps 3 --trainer.enable_progress_bar false".split()
 
@@ -232,7 +226,7 @@ def test_a_model_is_one_file(tmp_path, monkeypatch, factor):
     (folder / "models" / file).write_text(text)
     later = getattr(lightning_gd, name)
     assert later in find_models() and name in dir(lightning_gd)
-    report = check_gradients(*example(later))
+    report = check_gradients(*later.example_batch())
     assert [p.name for p in report.parameters if p.diagnosis] == ([] if factor == 2 else ["bias"])
     (tmp_path / file).write_text(text)  # a file of the user's, in the working directory
     monkeypatch.chdir(tmp_path)
@@ -350,14 +344,14 @@ def test_the_network_worked_out_by_hand():
 
 
 def test_the_network_stands_extreme_scores_and_does_not_learn_from_zeros():
-    model, x, y = example(ParityMLP, loss="logistic")
+    model, x, y = ParityMLP.example_batch(loss="logistic")
     with torch.no_grad():
         model.weight.mul_(1e6)
     wrong = (-y * model(x)).clamp(min=0)
     assert wrong.max() > 1e5
     torch.testing.assert_close(model.loss(x, y), wrong.mean())  # log(1 + eᵗ) → max(t, 0)
     assert all(g.isfinite().all() for g in model.gradients(x, y).values())
-    model, x, y = example(ParityMLP)
+    model, x, y = ParityMLP.example_batch()
     with torch.no_grad():
         for value in model.parameters():
             value.zero_()

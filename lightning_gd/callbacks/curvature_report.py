@@ -58,7 +58,8 @@ def _exact(trainer: Trainer, module: Any, squares: LeastSquares) -> list[str]:
     """Return the report of the exact curvature, and draw the predicted curves."""
     h, curvature, optimum = module.hparams, squares.curvature, squares.optimum.theta
     lr, momentum = h["lr"], h["momentum"]
-    report, module.stable_lr = curvature.report(lr, momentum), curvature.max_lr(momentum)
+    run = squares.theta(), optimum, lr, momentum
+    report, module.stable_lr = curvature.report(*run), curvature.max_lr(momentum)
     if h["optimizer"] != "SGD" or h["optimizer_args"]:
         return report[:1]
     steady = h["scheduler"] is None and h["gradient_clip_val"] is None and squares.data.full_batch
@@ -66,7 +67,7 @@ def _exact(trainer: Trainer, module: Any, squares: LeastSquares) -> list[str]:
     if steady and isinstance(loader, GlobalBatches) and trainer.global_step == 0:
         limits = (trainer.max_steps, epochs * loader.updates_per_epoch, MOST_PREDICTED)
         steps = min(limit for limit in limits if limit > 0)
-        errors = curvature.errors(squares.theta(), optimum, lr, momentum, steps)
+        errors = curvature.errors(*run, steps)
         _draw(trainer, module, squares, optimum + errors @ curvature.eigenvectors.T)
     return report
 

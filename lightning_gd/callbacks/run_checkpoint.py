@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from lightning_gd.data.tables import GlobalBatches
 from lightning_gd.evaluation import watched
 from lightning_gd.settings import whole_number
 from lightning_gd.updates import epoch_is_complete
@@ -20,13 +21,17 @@ class RunCheckpoint(Checkpoint):
 
     Args:
         dirpath: Folder; null for `checkpoints` in the folder of the run.
-        every_n_updates: Save the last after every so many updates, at the end of the step that
-            makes them; null: at the end of each epoch.
+        every_n_updates: Save the last after every so many updates; null: at the end of each
+            epoch. Checkpoints are written between steps, so `data.updates_per_step` must divide
+            it, and the updates of an epoch.
 
     Attributes:
         best_model_path: The best checkpoint so far; empty where there is none.
         last_model_path: The last checkpoint; empty where there is none.
         best_model_score: The lowest metric so far.
+
+    Raises:
+        ValueError: If `every_n_updates` is below 1, or falls inside a step.
     """
 
     def __init__(self, dirpath: str | None = None, every_n_updates: int | None = None) -> None:
@@ -54,7 +59,13 @@ class RunCheckpoint(Checkpoint):
             warnings.warn(f"the checkpoints in {self._folder} will be replaced", stacklevel=2)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved = trainer.global_step
+        """Refuse an interval that would fall inside a step."""
+        loader, every = trainer.train_dataloader, self.every_n_updates
+        if every and isinstance(loader, GlobalBatches) and not loader.ends_step_every(every):
+            raise ValueError(
+                f"checkpoint.every_n_updates={every} falls inside a step of several updates: "
+                "data.updates_per_step must divide it, and the updates of an epoch"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,8 +104,7 @@ class RunCheckpoint(Checkpoint):
             self.best_model_score = float(state_dict["best_model_score"])
 
     def _is_due(self, trainer: Trainer) -> bool:
-        every = self.every_n_updates
-        return bool(every) and trainer.global_step // every > self._saved // every
+        return bool(self.every_n_updates) and trainer.global_step % self.every_n_updates == 0
 
     def _save_within_epoch(self, trainer: Trainer) -> None:
         if self._is_due(trainer) or trainer.global_step == trainer.max_steps:

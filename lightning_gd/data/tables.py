@@ -163,6 +163,11 @@ class GlobalBatches:
     def updates_in_epoch(self) -> int | None:
         return self.trainer.global_step % self.updates_per_epoch if self.counted else None
 
+    def ends_step_every(self, updates: int) -> bool:
+        """Tell whether a step ends after every so many updates of a run, in every epoch."""
+        apart = math.gcd(updates, self.updates_per_epoch)
+        return apart * self.per_update % self.per_step == 0 or apart == self.updates_per_epoch
+
     @property
     def _end(self) -> int:  # the number of batches per epoch that the Trainer asks for
         limit = self.trainer.num_training_batches if self.trainer else math.inf

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torchmetrics import MeanSquaredError, Metric
 
 from lightning_gd.leastsquares import AutoLearningRate
 from lightning_gd.module import GradientDescentModule, Gradients
@@ -87,6 +88,16 @@ class LinearRegression(GradientDescentModule):
         """Add what resolves `lr="auto"`."""
         own = [AutoLearningRate()] if self.hparams["lr"] == "auto" else []
         return [*super().configure_callbacks(), *own]
+
+    def metrics(self) -> dict[str, Metric]:
+        """Compute the loss as the mean squared error of the predictions."""
+        return {"loss": MeanSquaredError()}
+
+    @classmethod
+    def example_batch(cls) -> tuple["LinearRegression", Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        x, y = torch.randn(7, 3, generator=generator), torch.randn(7, generator=generator)
+        return cls(num_features=3, start="linear"), x, y
 
 
 def _start(start: str, num_features: int, seed: int) -> tuple[Tensor, Tensor]:

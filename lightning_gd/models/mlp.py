@@ -105,3 +105,11 @@ class ParityMLP(GradientDescentModule):
 
     def metrics(self) -> dict[str, Metric]:
         return {"loss" if self._squared else "mse": MeanSquaredError(), **decision_metrics()}
+
+    @staticmethod
+    def example_batch(**settings) -> tuple["ParityMLP", Tensor, Tensor]:
+        """Return a small instance and a batch (x, y), with no hidden unit near the kink of relu."""
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(6, 5, generator=generator)
+        y = torch.tensor([1.0, -1, 1, 1, -1, -1])
+        return ParityMLP(num_features=5, hidden=4, **settings), x, y

@@ -42,4 +42,10 @@ class ParityRegressor(LinearRegression):
         super().__init__(num_features=num_features, **kwargs)
 
     def metrics(self) -> dict[str, Metric]:
-        return decision_metrics()
+        """Those of the regression, and of the decision ŷ > 0 with odd as the positive class."""
+        return {**super().metrics(), **decision_metrics()}
+
+    @classmethod
+    def example_batch(cls) -> tuple["LinearRegression", Tensor, Tensor]:
+        model, x, y = super().example_batch()
+        return model, x, y.sign()
