@@ -4,7 +4,7 @@ Colours are those of Okabe and Ito, which readers with any colour vision tell ap
 vermilion and even always blue, in bars and in weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import matplotlib
@@ -18,14 +18,12 @@ Curves: TypeAlias = Mapping[str, Curve]  # by part: train, val, test
 
 BLACK, ODD, EVEN = "#000000", "#D55E00", "#0072B2"  # vermilion is odd, blue is even
 PARTS = {"train": EVEN, "val": "#009E73", "test": ODD}
-MODES = (("#E69F00", "o"), ("#56B4E9", "s"), ("#009E73", "^"), ("#D55E00", "D"), ("#CC79A7", "v"))
-PREDICTED: dict[str, Any] = {"color": BLACK, "lw": 1.2, "ls": "--", "label": "predicted"}
 COLUMNS = 5  # of the sheet of wrong digits
 TEXT, SMALL = 14, 12  # points; at 100 dots per inch they are readable at half size
 
 
 def loss_curves(
-    measured: Curves, predicted: Curves | None = None, optimum: float | None = None
+    measured: Curves, predicted: Iterable[Curve] = (), optimum: float | None = None
 ) -> Figure:
     """Draw the losses by update on a log scale.
 
@@ -39,8 +37,8 @@ def loss_curves(
         marker = "o" if np.size(curve[0]) < 30 else ""
         width = 2.5 if i else 5  # both are seen where they coincide
         _plot(axes, curve, color=PARTS[part], marker=marker, lw=width, label=part)
-    for curve in (predicted or {}).values():
-        _plot(axes, curve, **PREDICTED)
+    for curve in predicted:
+        _plot(axes, curve, color=BLACK, lw=1.2, ls="--", label="predicted")
     if optimum is not None:
         height = optimum if optimum > 1e-3 * axes.get_ylim()[0] else np.nan  # far below: no line
         axes.axhline(height, color="#707070", lw=1.5, ls=":", label=f"optimum {optimum:.4g}")
@@ -110,8 +108,7 @@ def accuracy_by_digit(accuracies: Sequence[float], overall: float, majority: flo
     for first, name, colour in ((0, "even", EVEN), (1, "odd", ODD)):
         axes.bar(range(first, 10, 2), accuracies[first::2], color=colour, label=f"{name} digits")
     for digit, value in enumerate(accuracies):
-        if np.isfinite(value):
-            axes.text(digit, 0.03, f"{value:.2f}", color="white", fontsize=TEXT, ha="center")
+        axes.text(digit, 0.03, f"{value:.2f}", color="white", fontsize=TEXT, ha="center")
     axes.axhline(overall, color=BLACK, lw=2, label=f"all digits {overall:.3f}")
     axes.axhline(majority, color=BLACK, lw=2, ls=":", label=f"majority class {majority:.3f}")
     axes.set_xticks(range(10))
@@ -149,48 +146,22 @@ def fitted_lines(
     return _with_legend(figure)
 
 
-def compared_curves(modes: Mapping[str, Curves], predicted: Curves | None = None) -> Figure:
-    """Draw the losses of several modes, one panel per part, on shared axes with a log scale.
-
-    Coinciding curves can be told apart by their marks, which have a shape and colour for each
-    mode and do not overlap. A curve that diverges is drawn up to 1,000 times its first loss.
-
-    Args:
-        modes: The curves of each mode, of the same parts.
-        predicted: Predicted curves, dashed over all.
-    """
-    parts = list(next(iter(modes.values())))
-    size = (4.2 * len(parts) + 1.6, 5.6)
-    figure, *panels = _figure("update", "loss (log scale)", size, len(parts))
-    for axes, part in zip(panels, parts, strict=True):
-        axes.set_title(f"{part} loss", fontsize=TEXT)
-        for i, (mode, curves) in enumerate(modes.items()):
-            colour, marker = MODES[i % len(MODES)]
-            along = (0.2 * i / len(modes), 0.2)  # first mark and distance, in diagonals of the axes
-            style = {"marker": marker, "ms": 9, "markevery": along, "color": colour, "lw": 1.5}
-            _plot(axes, curves[part], 1e3 * np.asarray(curves[part][1])[0], label=mode, **style)
-        if predicted and part in predicted:
-            _plot(axes, predicted[part], 1e3 * np.asarray(predicted[part][1])[0], **PREDICTED)
-    return _with_legend(figure)
-
-
-def _figure(x: str, y: str, size: tuple[float, float] = (8, 5), panels: int = 1) -> Any:
-    """Return a figure and its panels, `(figure, axes, ...)`."""
+def _figure(x: str, y: str, size: tuple[float, float] = (8, 5)) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, dpi=100, layout="constrained")
-    for axes in figure.subplots(1, panels, sharey=True, squeeze=False)[0]:
-        axes.set_xlabel(x, fontsize=TEXT)
-        axes.tick_params(which="both", labelsize=SMALL)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#DDDDDD")
-        axes.set_axisbelow(True)
-    figure.axes[0].set_ylabel(y, fontsize=TEXT)
-    return figure, *figure.axes
+    axes = figure.add_subplot()
+    axes.set_xlabel(x, fontsize=TEXT)
+    axes.set_ylabel(y, fontsize=TEXT)
+    axes.tick_params(which="both", labelsize=SMALL)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#DDDDDD")
+    axes.set_axisbelow(True)
+    return figure, axes
 
 
-def _plot(axes: Axes, curve: Curve, most: float = 1e100, **style: Any) -> None:
-    """Plot losses on a log scale, with gaps where they are not in (0, most]."""
+def _plot(axes: Axes, curve: Curve, **style: Any) -> None:
+    """Plot losses on a log scale, with gaps where they are not positive or not finite."""
     losses = np.array(curve[1], float)
-    losses[~((losses > 0) & (losses <= most))] = np.nan
+    losses[~((losses > 0) & (losses < 1e100))] = np.nan
     axes.plot(curve[0], losses, **style)
     axes.set_yscale("log")
 

@@ -73,17 +73,12 @@ class AutoLearningRate(Callback):
         """Raise ValueError if the loss is not least squares, or the run not full-batch SGD."""
         if stage != "fit" or pl_module.hparams["lr"] != "auto":
             return
-        data, optimizer = tensor_data(trainer), pl_module.hparams["optimizer"]
-        if optimizer != "SGD":
-            reason = f"set --model.optimizer SGD (got {optimizer})"
-        elif data is not None and data.batch_size is not None:
-            reason = f"set --data.batch_size null (got batch_size={data.batch_size})"
-        elif squares := LeastSquares.of(trainer, pl_module):
-            pl_module.save_hyperparameters({"lr": squares.curvature.auto_lr})
-            return
-        else:
-            reason = f"the loss of {type(pl_module).__name__} on these data is not least squares"
-        raise ValueError(
-            f"lr='auto' is 1/λmax of a full-batch least-squares loss with SGD: {reason}, or set "
-            "--model.lr to a number"
-        )
+        squares, optimizer = LeastSquares.of(trainer, pl_module), pl_module.hparams["optimizer"]
+        if squares is None or optimizer != "SGD" or not squares.data.full_batch:
+            batch_size = getattr(tensor_data(trainer), "batch_size", None)
+            raise ValueError(
+                "lr='auto' is 1/λmax of a full-batch least-squares loss with SGD; got "
+                f"{type(pl_module).__name__} with optimizer={optimizer} and "
+                f"batch_size={batch_size}: set --model.lr to a number"
+            )
+        pl_module.save_hyperparameters({"lr": squares.curvature.auto_lr})

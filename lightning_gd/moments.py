@@ -108,31 +108,19 @@ class Moments:
         """Return a copy on another device or in another precision (that of the weights)."""
         return Moments(self.n, self.mean.to(device, dtype), self.cov.to(device, dtype))
 
-    def loss(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return L for w, shape [D], and b, shape [] or None for a model without bias."""
-        return self.loss_and_gradients(weight, bias)[0]
+    def loss(self, weight: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+        """Return L for w, shape [D], and b, shape []; or K losses for w [K, D] and b [K]."""
+        u = pad(weight, (0, 1), value=-1.0)
+        return (u @ self.cov * u).sum(-1) + (u @ self.mean + bias).square()
 
     def loss_and_gradients(
-        self, weight: Tensor, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return L, ∂L/∂w and ∂L/∂b (None without bias) from one product of matrix and vector."""
-        return self._at(pad(weight, (0, 1), value=-1.0), bias)
-
-    def _at(self, u: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        product, error = torch.mv(self.cov, u), torch.dot(self.mean, u)
-        if bias is not None:
-            error = error + bias
+        self, weight: Tensor, bias: Tensor | float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return L, ∂L/∂w and ∂L/∂b from one product of matrix and vector."""
+        u = pad(weight, (0, 1), value=-1.0)
+        product, error = torch.mv(self.cov, u), torch.dot(self.mean, u) + bias
         loss, twice = torch.addcmul(torch.dot(u, product), error, error), error + error
-        gradient = torch.addcmul(product + product, self.mean, twice)[:-1]
-        return loss, gradient, None if bias is None else twice
-
-    def excess_loss(self, theta: Tensor, optimum: Optimum) -> Tensor:
-        """Return L − L* = δᵀ Cov(x, x) δ + (mean·δ + δb)², which does not cancel near the optimum.
-
-        `theta` is (w, b), shape [D+1], or w alone, as in `optimum`; δ = w − w* and δb = b − b*.
-        """
-        delta = theta - optimum.theta.to(theta)
-        return self._at(pad(delta[: self.size], (0, 1)), delta[self.size :].sum())[0]
+        return loss, torch.addcmul(product + product, self.mean, twice)[:-1], twice
 
     def hessian(self, bias: bool = True) -> Tensor:
         """Return H = 2/N [x 1]ᵀ[x 1] in the order (w, b), shape [D+1, D+1]; [D, D] without bias."""
@@ -155,8 +143,8 @@ class Moments:
         scaled = second[:-1, :-1] * torch.outer(inverse, inverse)
         pseudo = torch.linalg.pinv(scaled, rtol=rank_tolerance(self.size), hermitian=True)
         weight = inverse * (pseudo @ (inverse * second[:-1, -1]))
-        offset = self.mean[-1] - torch.dot(self.mean[:-1], weight) if bias else None
-        return Optimum(weight, offset, self.loss(weight, offset).clamp(min=0))
+        offset = (self.mean[-1] - torch.dot(self.mean[:-1], weight)) * bias
+        return Optimum(weight, offset if bias else None, self.loss(weight, offset).clamp(min=0))
 
 
 class MomentsBatch(Batch):

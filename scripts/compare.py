@@ -67,7 +67,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     import torch
 
     import comparison  # takes seconds to import
-    from lightning_gd import figures
+    from compared_curves import compared_curves
 
     dtype, out = getattr(torch, arguments.dtype), arguments.out
     problem = comparison.load_problem(arguments.config, arguments.lr, dtype)
@@ -86,7 +86,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     curves = {n: {p: (updates, v) for p, v in mine.items()} for n, mine in losses.items()}
     theory = curves.pop("predicted")
     out.mkdir(parents=True, exist_ok=True)
-    figures.compared_curves(curves, theory).savefig(out / "compare.png")
+    compared_curves(curves, theory).savefig(out / "compare.png")
     comparison.write_tensorboard(losses, out)
     print(f"picture: {out / 'compare.png'}")
     print(f"look at it: tensorboard --logdir {out}")

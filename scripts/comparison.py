@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_gd import LinearRegression
 from lightning_gd.callbacks.test_curve import TestCurve
 from lightning_gd.cli import UsageError, resolve
-from lightning_gd.curvature import Curvature, losses_along
+from lightning_gd.curvature import Curvature
 from lightning_gd.curves import KEPT
 from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import TensorDataModule
@@ -268,9 +268,9 @@ def predicted_losses(problem: Problem, steps: int) -> dict[str, np.ndarray]:
     train = optimum.loss + errors.square() @ curvature.eigenvalues / 2
     # On the training rows the second formula would cancel digits where the loss nears 0.
     same = problem.tables["test"] is problem.tables["train"]
-    path = optimum.theta + errors @ curvature.eigenvectors.T
-    test = train if same else losses_along(problem.moments["test"], path)
-    return {"train": train.numpy(), "test": test.numpy()}
+    path, size = optimum.theta + errors @ curvature.eigenvectors.T, len(problem.weight)
+    test = problem.moments["test"].loss(path[:, :size], path[:, size:].sum(1))
+    return {"train": train.numpy(), "test": (train if same else test).numpy()}
 
 
 def sum_lesson(problem: Problem, runs: Mapping[str, Descent]) -> list[str]:
@@ -278,7 +278,8 @@ def sum_lesson(problem: Problem, runs: Mapping[str, Descent]) -> list[str]:
     (x, y), w, lr = problem.tables["train"], problem.weight, problem.lr
     r, rows = x @ w + (0 if problem.bias is None else problem.bias) - y, len(y)
     total = (2 * r @ x).norm().item()
-    mean = problem.moments["train"].loss_and_gradients(w.double(), problem.bias)[1].norm().item()
+    bias = 0.0 if problem.bias is None else problem.bias
+    mean = problem.moments["train"].loss_and_gradients(w.double(), bias)[1].norm().item()
     stable = problem.curvature.max_lr(problem.momentum)
     summed, scaled, explicit = (runs[n].losses["train"] for n in (SUM, SUM_SCALED, EXPLICIT))
     k = min(10, len(explicit) - 1)

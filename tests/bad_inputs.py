@@ -162,7 +162,7 @@ READ = {
     "auto": ([*MINI, "--model.lr", "auto"], "lr='auto' .*batch_size=2"),
     "auto Adam": (
         ["--model.lr", "auto", "--model.optimizer", "Adam"],
-        "lr='auto' .*set --model.optimizer SGD .got Adam",
+        "lr='auto' .*with SGD; got .*optimizer=Adam",
     ),
     "num_val": (["--data.num_val", "4"], "num_val=4 leaves no row"),
     "validate": (["validate"], "num_val=0 .*--data.num_val"),

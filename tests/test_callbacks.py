@@ -94,9 +94,7 @@ def test_the_predicted_curves_are_the_measured_ones(make_trainer, momentum, mome
         # Rounding enters as 1e-16 of the first loss per update; seen is 1e-15.
         assert predicted[1][:100] == pytest.approx(measured, rel=0, abs=1e-12 * measured[0])
     (optimum,) = history["optimum/train/loss"][1]
-    steps, excess = history["train/excess_loss"]
-    assert steps == list(range(10, 101, 10))
-    assert excess[-1] == pytest.approx(history["predicted/train/loss"][1][-1] - optimum, abs=1e-12)
+    assert optimum <= min(history["train/loss"][1])
 
 
 def test_a_rate_that_diverges_is_named(make_trainer, capsys):
@@ -195,7 +193,7 @@ def test_the_end_table_fits_its_width(make_trainer, tmp_path, monkeypatch, capsy
     rows = dict(re.findall(r"^(\S+(?: \S+)*)  +(\S.*)$", text, re.M))
     final = model.loss(*data.local("train")).item()
     expected = {
-        "gradient": "explicit, from moments",
+        "gradient": "explicit",
         "updates": "50",
         "learning rate": "0.02",
         "processes": "1 (cpu)",
@@ -204,7 +202,7 @@ def test_the_end_table_fits_its_width(make_trainer, tmp_path, monkeypatch, capsy
         "test/accuracy": "0.9 (majority class: 0.5)",
     }
     assert rows.items() >= expected.items()
-    assert ("logs\n  " if width < 120 else "logs              ") + f"{FOLDER}/run/version_0" in text
+    assert f"logs              {FOLDER}/run/version_0" in text
     assert f"tensorboard --logdir {FOLDER}" in text
     updates, losses = model.curves.history["train/loss"]
     assert updates[-1] == 50 and losses[-1] == pytest.approx(final, rel=1e-12)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_figures import assert_readable, falling
 
 import compare
 import comparison
+from compared_curves import compared_curves
 from lightning_gd.cli import EXPERIMENTS
 
 
@@ -74,6 +76,18 @@ def test_the_script_prints_draws_and_logs(tmp_path, capsys):
         assert len(events.Scalars("train/loss")) == 12
         layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
         assert b"train/loss" in layout and b"test/loss" in layout
+
+
+def test_the_picture_is_readable_and_divergence_is_cut():
+    steady, exploding = falling(0.9), falling(10.0, 300)
+    both = {"train": steady, "test": steady}
+    assert_readable(compared_curves({str(i): both for i in range(5)}, both))
+    picture = compared_curves(
+        {"a": {"train": steady}, "b": {"train": exploding}}, {"train": steady}
+    )
+    low, high = picture.axes[0].get_ylim()
+    # From the last loss to 1,000 times the first, with the usual margins of matplotlib.
+    assert 0.08 < low < 30 * 0.9**49 and 30e3 < high < 60e3
 
 
 def test_wrong_arguments_are_named(tmp_path, capsys):

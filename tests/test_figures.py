@@ -35,19 +35,26 @@ def every_figure():
     x, at, two = np.arange(1.0, 5), np.linspace(1, 4, 11), {n: falling(r) for n, r in RATES}
     lines = [(k, at * (2 - 0.85**k * 2)) for k in (0, 1, 2, 4, 8, 16, 32, 64, 100)]
     return {
-        "loss": figures.loss_curves(two, two, 0.05),
+        "loss": figures.loss_curves(two, two.values(), 0.05),
         "loss in one decade": figures.loss_curves({"train": falling(0.99)}, optimum=1e-30),
         "weights": figures.weight_picture(np.linspace(-1, 0.3, 784)),
         "wrong": figures.wrong_digits(*digits()),
         "accuracy": figures.accuracy_by_digit(list(np.linspace(0.5, 1, 10)), 0.8, 0.51),
         "lines": figures.fitted_lines(x, 2 * x, at, lines),
-        "modes": figures.compared_curves({str(i): two for i in range(5)}, two),
     }
 
 
 @pytest.mark.parametrize("name", every_figure())
 def test_texts_are_large_apart_and_inside_and_colours_are_safe(name):
     figure = every_figure()[name]
+    assert_readable(figure)
+    if name != "lines":  # its shades are those of the map cividis
+        colours = {to_hex(line.get_color()) for axes in figure.axes for line in axes.lines}
+        assert colours <= {*OKABE_ITO, "#707070"}
+
+
+def assert_readable(figure):
+    """Texts are large, inside the picture and apart, and axes are named."""
     FigureCanvasAgg(figure).draw()
     for legend in figure.legends:  # above the axes, where it hides no curve
         assert all(legend.get_window_extent().y0 >= axes.bbox.y1 for axes in figure.axes)
@@ -62,9 +69,6 @@ def test_texts_are_large_apart_and_inside_and_colours_are_safe(name):
     for axes in figure.axes:
         assert not axes.axison or axes.get_ylabel() or axes.get_title() == "test loss"
         assert not axes.axison or axes.get_xlabel() or axes.get_label() == "<colorbar>"
-    if name != "lines":  # its shades are those of the map cividis
-        colours = {to_hex(line.get_color()) for axes in figure.axes for line in axes.lines}
-        assert colours <= {*OKABE_ITO, "#707070"}
 
 
 def drawn_texts(figure):
@@ -93,14 +97,10 @@ def test_losses_are_on_a_log_scale_and_the_optimum_is_a_line():
 
 
 @pytest.mark.parametrize("first", [1.0, 0.0])
-def test_losses_of_zero_and_infinity_are_gaps_and_divergence_is_cut(first):
+def test_losses_of_zero_and_infinity_are_gaps(first):
     curve = np.arange(4), [first, 0.0, np.inf, 0.5]
     drawn = figures.loss_curves({"train": curve}).axes[0].lines[0].get_ydata()
     np.testing.assert_array_equal(drawn, [first or np.nan, np.nan, np.nan, 0.5])
-    steady, exploding = {"train": falling(0.9)}, {"train": falling(10.0, 300)}
-    low, high = figures.compared_curves({"a": steady, "b": exploding}).axes[0].get_ylim()
-    # From the last loss to 1,000 times the first, with the usual margins of matplotlib.
-    assert 0.08 < low < 30 * 0.9**49 and 30e3 < high < 60e3
 
 
 def test_weights_are_centred_at_zero():
@@ -169,7 +169,8 @@ class Digits(TensorDataModule):
 def test_a_fit_of_digits_draws_weights_and_mistakes(make_trainer, tmp_path, labels):
     data = Digits(batch_size=20, num_val=0 if labels else 5)
     _, events, files = fit(make_trainer, tmp_path, ParityRegressor(lr=0.001), data, 6)
-    assert set(files) == {"loss", "weights", "wrong_digits", *["accuracy_by_digit"] * labels}
+    of_digits = ["wrong_digits", "accuracy_by_digit"] * labels
+    assert set(files) == {"loss", "weights", *of_digits}
     assert len(events.Tags()["images"]) == len(files)
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     assert b"train/loss" in layout and b"test/loss" in layout

@@ -131,7 +131,7 @@ def test_affine_normalises_pixels():
 def test_loss_gradients_and_hessian_are_those_of_autograd(with_bias):
     x, y = noisy(200, 5)
     theta = torch.randn(5 + with_bias, dtype=torch.float64, requires_grad=True)
-    m, w, b = Moments.of(x, y), theta[:5], theta[5] if with_bias else None
+    m, w, b = Moments.of(x, y), theta[:5], theta[5] if with_bias else 0.0
 
     def loss(theta):
         return (x @ theta[:5] + (theta[5] if with_bias else 0) - y).square().mean()
@@ -139,7 +139,7 @@ def test_loss_gradients_and_hessian_are_those_of_autograd(with_bias):
     wanted = torch.autograd.grad(loss(theta), theta)[0]
     by_moments = torch.autograd.grad(m.loss(w, b), theta)[0]
     value, *gradients = m.loss_and_gradients(w, b)
-    by_hand = torch.cat([g.reshape(-1) for g in gradients if g is not None])
+    by_hand = torch.cat([g.reshape(-1) for g in gradients])[: len(theta)]
     hessian = torch.autograd.functional.hessian(loss, theta.detach())
     found = (value, by_moments, by_hand, m.hessian(with_bias))
     direct = (loss(theta), wanted, wanted, hessian)
@@ -168,18 +168,6 @@ def test_optimum_is_that_of_lstsq(case, with_bias):
     residual = x @ opt.weight + (0 if opt.bias is None else opt.bias) - y
     assert 0 <= opt.loss and abs(residual.square().mean() - opt.loss) <= 1e-9 * y.square().mean()
     assert case != "rank" or opt.weight[5] == 0 and (opt.weight[3] == 0) == with_bias
-
-
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("size", [1.0, 1e-10])
-def test_excess_loss_does_not_cancel(size, with_bias):
-    m = Moments.of(*noisy(300, 4))
-    opt = m.optimum(with_bias)
-    theta = opt.theta + size * torch.tensor([3.0, -1, 2, 5, 1])[: len(opt.theta)].double()
-    delta = theta - opt.theta
-    # Relative to the excess itself, 1e-20 of the loss in the last case.
-    wanted = 0.5 * delta @ m.hessian(with_bias) @ delta
-    torch.testing.assert_close(m.excess_loss(theta, opt), wanted, rtol=1e-12, atol=0)
 
 
 def test_a_model_takes_moments_only_for_its_own_loss():

@@ -196,8 +196,8 @@ def test_a_second_file_is_the_test_part(table, tmp_path):
 def exact(data):
     """The exact coefficients, and x and y of the file."""
     x, y, _ = data.read(data.path)
-    found = least_squares((x - data.mean) / data.scale, y, bias=True)
-    return data.coefficients(found.weight, found.bias), x, y
+    found, _ = least_squares((x - data.mean) / data.scale, y, bias=True)
+    return data.coefficients(found[:-1], found[-1]), x, y
 
 
 def test_the_exact_solution_has_the_digits_that_nist_certifies():
@@ -228,7 +228,8 @@ def test_a_fit_reaches_what_nist_certifies(make_trainer, tmp_path, capsys):
     assert reached == pytest.approx(CERTIFIED, rel=1e-8)
     assert all(repr(value) == row["coefficient"] for value, row in zip(reached, rows, strict=True))
     printed = capsys.readouterr().out
-    assert "the exact solution is reached to" in printed and "coefficients.csv" in printed
+    assert "e-" in printed.partition(" of the largest coefficient away")[0][-8:]
+    assert "coefficients.csv" in printed
     assert all(repr(value) in printed for value in reached)
 
 
@@ -252,29 +253,22 @@ def test_a_fit_says_how_far_it_is(make_trainer, tmp_path, capsys):
     assert float(found[2]) == pytest.approx((eigenvalues[-1] / eigenvalues[0]).item(), rel=0.01)
 
 
-def test_a_copied_and_a_constant_column_are_named(make_trainer, table, tmp_path, capsys):
+def test_a_copied_and_a_constant_column(make_trainer, table, tmp_path):
     text = "a,twice,c,y\n" + "".join(f"{i},{2 * i},7,{i * i}\n" for i in range(10))
     data = TableData(table(text).path, "y", test_fraction=0.0, passes_per_epoch=400)
     rows = fit(make_trainer, data, tmp_path, 400, lr=0.2)
-    printed = capsys.readouterr().out
-    assert "c is constant in the training rows: its scale is taken as 1" in printed
-    assert "1 of the columns follow from the others" in printed
-    assert "the exact solution is reached to" in printed
     # y = x² on 0 … 9 has the least-squares line 9x − 12; a and twice get half of it each.
     a, twice, c, intercept = (float(row["coefficient"]) for row in rows)
     assert (a, twice, c, intercept) == pytest.approx((4.5, 2.25, 0, -12), abs=1e-9)
 
 
-def test_a_rate_that_is_too_large_and_float32_are_named(make_trainer, tmp_path, capsys):
+def test_a_rate_that_is_too_large_is_named(make_trainer, tmp_path, capsys):
     data = TableData(test_fraction=0.0, passes_per_epoch=20)
     fit(make_trainer, data, tmp_path, 20, lr=1.0)
     printed = capsys.readouterr().out
     # 2/λmax of Longley's standardised columns, whose λmax is 9.2068.
     assert "the fit diverged: lr 1 is too large; the largest stable rate of" in printed
-    assert "batch is 0.2172, and 0.1086 is safe" in printed
-    trainer = make_trainer(max_steps=10, precision="32-true", callbacks=[Coefficients()])
-    trainer.fit(LinearRegression(num_features=6, lr=0.1), datamodule=data)
-    assert "give --trainer.precision 64-true" in capsys.readouterr().out
+    assert "batch is 0.2172" in printed
 
 
 # Checkpoints and predictions

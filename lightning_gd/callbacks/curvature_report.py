@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lightning_gd.batch import Batch, as_batch, batches_of
-from lightning_gd.curvature import largest_eigenvalue, losses_along
+from lightning_gd.curvature import largest_eigenvalue
 from lightning_gd.data.tables import GlobalBatches
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.leastsquares import LeastSquares
@@ -26,62 +26,48 @@ MOST_ROWS = 2048  # local rows for the curvature of a loss that is not least squ
 class CurvatureReport(Callback):
     """Prints the largest stable and the best learning rate, and warns of one that diverges.
 
-    Least squares: exact, from the moments of the training rows. The loss above the optimum is
-    recorded as `train/excess_loss` after each step, and for full-batch SGD the loss of the exact
-    solution as `optimum/train/loss` and the predicted curves as `predicted/train/loss` and
-    `predicted/test/loss`. Another loss of a GradientDescentModule: the largest eigenvalue of its
-    Hessian at the start, by Hessian-vector products.
+    Least squares: exact, from the moments of the training rows. For full-batch SGD the loss of the
+    exact solution is recorded as `optimum/train/loss`, and the predicted curves as
+    `predicted/train/loss` and `predicted/test/loss`. Another loss of a GradientDescentModule: the
+    largest eigenvalue of its Hessian at the start, by Hessian-vector products.
     """
 
-    _squares: LeastSquares | None = None
     _is_due = False  # a report from the first batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._squares, self._is_due = None, isinstance(pl_module, GradientDescentModule)
-        size = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        if self._is_due and size <= MOST_PARAMETERS:
-            self._squares = LeastSquares.of(trainer, pl_module)
-        if self._squares is not None:
-            self._is_due = False
-            _print(trainer, _exact(trainer, pl_module, self._squares))
+        self._is_due = isinstance(pl_module, GradientDescentModule)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: GradientDescentModule, batch: Any, batch_idx: int
     ) -> None:
         if not self._is_due:
             return
-        self._is_due, data = False, tensor_data(trainer)
-        try:
-            first = as_batch(next(iter(batches_of(batch))))
-            if data is not None:
-                rows = tuple(part[:MOST_ROWS] for part in data.local("train"))
-                first = as_batch(rows).to(pl_module.device)
-            lines = _at_the_start(pl_module, first)
-        except Exception as error:  # no report is a reason to end a run
-            lines = [f"curvature at the start: not known ({error!r})"]
-        _print(trainer, lines)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: GradientDescentModule, *_: Any
-    ) -> None:
-        if self._squares is not None:
-            theta, optimum = self._squares.theta(), self._squares.optimum
-            excess = self._squares.moments().excess_loss(theta, optimum)
-            pl_module.curves.record(trainer.global_step, {"train/excess_loss": excess})
+        self._is_due = False
+        size = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        squares = LeastSquares.of(trainer, pl_module) if size <= MOST_PARAMETERS else None
+        if squares is not None:
+            lines = _exact(trainer, pl_module, squares)
+        else:
+            lines = _at_the_start(trainer, pl_module, batch)
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        for line in lines if trainer.is_global_zero else ():
+            console.print(line, style="bold yellow" if line.startswith("WARNING") else "dim")
 
 
 def _exact(trainer: Trainer, module: Any, squares: LeastSquares) -> list[str]:
     """Return the report of the exact curvature, and draw the predicted curves."""
     h, curvature, optimum = module.hparams, squares.curvature, squares.optimum.theta
-    run = squares.theta(), optimum, h["lr"], h["momentum"]
-    report, module.stable_lr = curvature.report(*run), curvature.max_lr(h["momentum"])
+    lr, momentum = h["lr"], h["momentum"]
+    run = squares.theta(), optimum, lr, momentum
+    report, module.stable_lr = curvature.report(*run), curvature.max_lr(momentum)
     if h["optimizer"] != "SGD" or h["optimizer_args"]:
         return report[:1]
     steady = h["scheduler"] is None and h["gradient_clip_val"] is None and squares.data.full_batch
     loader, epochs = trainer.train_dataloader, trainer.max_epochs or -1
     if steady and isinstance(loader, GlobalBatches) and trainer.global_step == 0:
         limits = (trainer.max_steps, epochs * loader.updates_per_epoch, MOST_PREDICTED)
-        errors = curvature.errors(*run, min(limit for limit in limits if limit > 0))
+        steps = min(limit for limit in limits if limit > 0)
+        errors = curvature.errors(*run, steps)
         _draw(trainer, module, squares, optimum + errors @ curvature.eigenvectors.T)
     return report
 
@@ -89,24 +75,27 @@ def _exact(trainer: Trainer, module: Any, squares: LeastSquares) -> list[str]:
 def _draw(trainer: Trainer, module: Any, squares: LeastSquares, path: Tensor) -> None:
     """Write the loss of the exact solution, and the predicted curves as far as they are finite."""
     curves = {"optimum/train/loss": squares.optimum.loss[None]}
+    size = squares.moments().size
     for part in ("train", "test") if "test" in squares.data.tables else ("train",):
-        curves[f"predicted/{part}/loss"] = losses_along(squares.moments(part), path)
+        losses = squares.moments(part).loss(path[:, :size], path[:, size:].sum(1))
+        curves[f"predicted/{part}/loss"] = losses
     for tag, losses in curves.items():
         points = [(k, {tag: v}) for k, v in enumerate(losses.tolist()) if math.isfinite(v)]
         module.curves.add_points(trainer, points)
 
 
-def _print(trainer: Trainer, lines: list[str]) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    for line in lines if trainer.is_global_zero else ():
-        console.print(line, style="bold yellow" if line.startswith("WARNING") else "dim")
-
-
-def _at_the_start(module: GradientDescentModule, batch: Batch) -> list[str]:
+def _at_the_start(trainer: Trainer, module: GradientDescentModule, batch: Any) -> list[str]:
     """Return the report of λmax of the Hessian at the present weights, over some local rows."""
-    rows, h = batch.rows(module), module.hparams
-    largest = _largest_curvature(module, batch) if rows else 0.0
-    line = f"curvature at the start, on {rows:g} rows: the largest eigenvalue of the Hessian is "
+    h, data, first = module.hparams, tensor_data(trainer), as_batch(next(iter(batches_of(batch))))
+    if data is not None:
+        rows = tuple(part[:MOST_ROWS] for part in data.local("train"))
+        first = as_batch(rows).to(module.device)
+    count = first.rows(module)
+    try:
+        largest = _largest_curvature(module, first) if count else 0.0
+    except Exception as error:  # no report is a reason to end a run
+        return [f"curvature at the start: not known ({error!r})"]
+    line = f"curvature at the start, on {count:g} rows: the largest eigenvalue of the Hessian is "
     if largest <= 0:
         return [f"{line}{largest:.4g}"]
     stable = 2 * (1 + h["momentum"]) / largest

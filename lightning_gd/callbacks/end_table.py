@@ -1,5 +1,6 @@
 """What a run did, as one table at its end."""
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,6 @@ from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import RowMean
 from lightning_gd.evaluation import evaluating
 from lightning_gd.module import GradientDescentModule
-from lightning_gd.moments import MomentsBatch
 
 WIDTH = 18  # of the names
 
@@ -63,8 +63,6 @@ class EndTable(Callback):
         values = {"train/loss": mean.reduce()[0][0]}
         self.add(values)
         module.curves.record(module.trainer.global_step, values)
-        if isinstance(batch, MomentsBatch) and not module.automatic_optimization:
-            self._rows["gradient"] += ", from moments"
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.deferred:
@@ -78,12 +76,13 @@ class EndTable(Callback):
         """Print the table, on the first process."""
         if not trainer.is_global_zero:
             return
-        console, rows = Console(highlight=False), self._rows | _metric_rows(self._metrics)
+        console = Console(highlight=False)
         console.rule()
-        for name, text in {**rows, **_paths(trainer)}.items():
-            if text:  # what is too long for the line stands below it; no text is broken
-                start = name + "\n  " if WIDTH + len(text) > console.width else name.ljust(WIDTH)
-                console.print(Text(start, "bold").append(text, "default"), soft_wrap=True)
+        rows = {**self._rows, **_metric_rows(self._metrics), **_paths(trainer)}
+        for name, text in rows.items():
+            if text:
+                line = Text(name.ljust(WIDTH), "bold").append(text, "default")
+                console.print(line, soft_wrap=True)
         console.rule()
 
 
@@ -113,5 +112,4 @@ def _paths(trainer: Trainer) -> dict[str, str]:
 
 def _relative(path: str | None) -> str:
     """Return a path relative to the working folder where it lies inside; empty for no path."""
-    full, here = Path(path or "").resolve(), Path.cwd()
-    return path and str(full.relative_to(here) if full.is_relative_to(here) else full) or ""
+    return str(path or "").removeprefix(f"{Path.cwd()}{os.sep}")

@@ -1,9 +1,8 @@
 """Histograms of the weights."""
 
-from typing import Any
-
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_gd.callbacks.run_folder import boards
 
 LARGEST = 1e20  # the last bin of TensorBoard
 
@@ -32,9 +31,3 @@ class WeightHistograms(Callback):
                 values = parameter.detach().float()
                 if values.numel() > 1 and values.abs().max() < LARGEST:  # also none that is nan
                     board.add_histogram(f"weights/{name}", values, trainer.global_step)
-
-
-def boards(trainer: Trainer) -> list[Any]:
-    """Return the SummaryWriters of the TensorBoard loggers, on the first process."""
-    loggers = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
-    return [logger.experiment for logger in loggers if trainer.is_global_zero]

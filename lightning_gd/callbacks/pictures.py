@@ -1,31 +1,26 @@
 """Pictures at the end of a fit, as PNG files and in TensorBoard."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gd.callbacks.histograms import boards
+from lightning_gd.callbacks.run_folder import boards
 from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.evaluation import evaluating
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import whole_number
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 MOST_ROWS = 2_000  # points of the data in the picture of a fitted line
-
-
-def shared_chart(*tags: str) -> dict[str, dict[str, list]]:
-    """Return a layout of TensorBoard's custom scalars: `tags` of all runs in one chart."""
-    predicted = [f"(predicted/|optimum/)?{tag}$" for tag in tags]
-    charts = {" and ".join(tags): list(tags), "measured and predicted": predicted}
-    return {"loss": {title: ["Multiline", names] for title, names in charts.items()}}
+MEASURED = ["train/loss", "test/loss"]
+CHARTS = {  # of TensorBoard's custom scalars, for all runs together
+    "train/loss and test/loss": ["Multiline", MEASURED],
+    "measured and predicted": ["Multiline", [f"(predicted/|optimum/)?{tag}$" for tag in MEASURED]],
+}
 
 
 class Pictures(Callback):
@@ -38,9 +33,6 @@ class Pictures(Callback):
 
     Args:
         worst: Largest number of wrongly scored digits shown.
-
-    Raises:
-        ValueError: If `worst` is below 1.
     """
 
     def __init__(self, worst: int = 20) -> None:
@@ -50,16 +42,13 @@ class Pictures(Callback):
         self._at: Tensor | None = None  # inputs, shape [K, 1]
         self._folder: Path | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = trainer.log_dir if stage == "fit" and trainer.loggers else None
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder, data = trainer.log_dir if trainer.loggers else None, tensor_data(trainer)
         own = isinstance(pl_module, GradientDescentModule) and trainer.is_global_zero
         self._folder = Path(folder) / "pictures" if folder and own else None
         self.lines, self._at = [], None
         for board in boards(trainer) if self._folder else ():
-            board.add_custom_scalars(shared_chart("train/loss", "test/loss"))
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = tensor_data(trainer)
+            board.add_custom_scalars({"loss": CHARTS})
         if self._folder is None or data is None:
             return
         train = data.tables["train"]
@@ -72,43 +61,40 @@ class Pictures(Callback):
         if self._at is not None and (not self.lines or trainer.global_step.bit_count() == 1):
             self.lines.append((trainer.global_step, _predict(pl_module, self._at)))
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._folder is None or not isinstance(pl_module, GradientDescentModule):
+    def on_fit_end(self, trainer: Trainer, pl_module: GradientDescentModule) -> None:
+        if self._folder is None:
             return
         from lightning_gd import figures  # matplotlib takes a while to import: only when drawing
 
         data = tensor_data(trainer)
         tables = {} if data is None else data.tables
-        drawn = _of_model(pl_module)
+        drawn = _of_model(figures, pl_module)
         if self._at is not None:
             self.lines.append((trainer.global_step, _predict(pl_module, self._at)))
             x, y = (rows[:MOST_ROWS] for rows in (tables["train"].x[:, 0], tables["train"].y))
             drawn["fit"] = figures.fitted_lines(x, y, self._at[:, 0], self.lines)
         if "test" in tables:
-            drawn |= _of_digits(pl_module, tables["test"], self.worst)
-        for name, figure in drawn.items():
-            self._publish(figure, name, trainer)
-
-    def _publish(self, figure: "Figure", name: str, trainer: Trainer) -> None:
-        from matplotlib.image import imread
-
-        assert self._folder is not None
+            drawn |= _of_digits(figures, pl_module, tables["test"], self.worst)
         self._folder.mkdir(parents=True, exist_ok=True)
-        path, step = self._folder / f"{name}.png", trainer.global_step
-        figure.savefig(path)
-        for board in boards(trainer):  # reading is faster than drawing once more
-            board.add_image(f"pictures/{name}", imread(path), step, dataformats="HWC")
+        for name, figure in drawn.items():
+            _publish(trainer, name, figure, self._folder / f"{name}.png")
 
 
-def _of_model(module: GradientDescentModule) -> "dict[str, Figure]":
-    from lightning_gd import figures
+def _publish(trainer: Trainer, name: str, figure: Any, path: Path) -> None:
+    from matplotlib.image import imread
 
+    figure.savefig(path)
+    for board in boards(trainer):  # reading is faster than drawing once more
+        board.add_image(f"pictures/{name}", imread(path), trainer.global_step, dataformats="HWC")
+
+
+def _of_model(figures: Any, module: GradientDescentModule) -> dict[str, Any]:
     drawn, history = {}, module.curves.history
-    curves = {part: history.get(f"{part}/loss") for part in ("train", "val", "test")}
-    measured = {part: curve for part, curve in curves.items() if curve}
-    if measured:
-        curves = {part: history.get(f"predicted/{part}/loss") for part in measured}
-        predicted = {part: curve for part, curve in curves.items() if curve}
+    parts = [part for part in ("train", "val", "test") if f"{part}/loss" in history]
+    if parts:
+        measured = {part: history[f"{part}/loss"] for part in parts}
+        found = [history.get(f"predicted/{part}/loss") for part in parts]
+        predicted = [curve for curve in found if curve is not None]
         _, best = history.get("optimum/train/loss", ([], [None]))
         drawn["loss"] = figures.loss_curves(measured, predicted, best[0])
     weight = getattr(module, "weight", None)
@@ -117,20 +103,20 @@ def _of_model(module: GradientDescentModule) -> "dict[str, Figure]":
     return drawn
 
 
-def _of_digits(module: LightningModule, table: Table, worst: int) -> "dict[str, Figure]":
-    from lightning_gd import figures
-
-    if table.raw.shape[1:] != (784,) or not (table.y.abs() == 1).all():
+def _of_digits(
+    figures: Any, module: GradientDescentModule, table: Table, worst: int
+) -> dict[str, Any]:
+    y, labels = table.y, table.labels
+    if labels is None or table.raw.shape[1:] != (784,) or not (y.abs() == 1).all():
         return {}
-    scores, y, labels = _predict(module, table.x), table.y, table.labels
-    names = y.int() if labels is None else labels
-    drawn = {"wrong_digits": figures.wrong_digits(table.raw, y, scores, names, worst)}
-    if labels is not None:
-        right, odd = ((scores > 0) == (y > 0)).float(), float((y > 0).float().mean())
-        accuracies = [float(right[labels == digit].mean()) for digit in range(10)]
-        overall, majority = float(right.mean()), max(odd, 1 - odd)
-        drawn["accuracy_by_digit"] = figures.accuracy_by_digit(accuracies, overall, majority)
-    return drawn
+    scores, odd = _predict(module, table.x), float((y > 0).float().mean())
+    right = ((scores > 0) == (y > 0)).float()
+    by_digit = [float(right[labels == digit].mean()) for digit in range(10)]
+    overall, majority = float(right.mean()), max(odd, 1 - odd)
+    return {
+        "wrong_digits": figures.wrong_digits(table.raw, y, scores, labels, worst),
+        "accuracy_by_digit": figures.accuracy_by_digit(by_digit, overall, majority),
+    }
 
 
 def _predict(module: LightningModule, x: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
 """What `predict` finds, as a file."""
 
-import csv
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_gd.callbacks.run_folder import write_csv
 from lightning_gd.data.tensors import EVALUATION_ROWS, tensor_data
 from lightning_gd.distributed import reduce_sum
 
@@ -38,21 +37,18 @@ class Predictions(Callback):
             rows.copy_(torch.cat([values, torch.ones_like(values[:, :1])], dim=1))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data, logger = tensor_data(trainer), trainer.logger
+        data = tensor_data(trainer)
         if data is None or self._found is None:
             return
         found = reduce_sum(self._found).cpu()
-        if not trainer.is_global_zero or logger is None or not logger.log_dir:
+        if not trainer.is_global_zero:
             return
         numbers, target = getattr(data, "test_lines", range(len(found))), data.tables["test"].y
-        path = Path(logger.log_dir) / "predictions.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["row", "target", "prediction"])
-            for i in found[:, -1].nonzero().flatten().tolist():
-                writer.writerow([numbers[i], _cell(target[i]), _cell(found[i, :-1])])
-        print(f"predictions: {path}")
+        rows: list[tuple[Any, ...]] = [("row", "target", "prediction")]
+        for i in found[:, -1].nonzero().flatten().tolist():
+            rows.append((numbers[i], _cell(target[i]), _cell(found[i, :-1])))
+        if path := write_csv(trainer, "predictions.csv", rows):
+            print(f"predictions: {path}")
 
 
 def _cell(values: Tensor) -> str:

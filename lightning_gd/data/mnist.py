@@ -1,8 +1,6 @@
 """MNIST digits, odd (+1) or even (−1)."""
 
 import hashlib
-import shutil
-import tempfile
 from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
@@ -119,15 +117,10 @@ def _full(root: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _download(root: Path) -> None:
-    """Download into a folder beside the target, and move complete files into place."""
     from torchvision.datasets import MNIST
 
     try:
-        (root / RAW).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
-            MNIST(folder, download=True)
-            for name in RAW_FILES:
-                shutil.move(Path(folder) / RAW / name, root / RAW / name)
+        MNIST(str(root), download=True)
     except (OSError, RuntimeError, HTTPException) as error:
         reason = " ".join(str(error).split()) or repr(error)
         raise ConnectionError(

@@ -31,9 +31,6 @@ class LinearRegression(GradientDescentModule):
         intercept: The bias to start from, instead of `start`.
         start_seed: Seed of a random start.
         **kwargs: Those of `GradientDescentModule`.
-
-    Raises:
-        ValueError: If a value is out of range or the number of weights is not D.
     """
 
     def __init__(
@@ -69,11 +66,9 @@ class LinearRegression(GradientDescentModule):
         return torch.addmv(self.bias, x, self.weight)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """L = 1/N Σ r², with r = x w + b − y."""
         return (self(x) - y).square().mean()
 
     def gradients(self, x: Tensor, y: Tensor) -> Gradients:
-        """∂L/∂w = 2/N xᵀ r, shape [D], and ∂L/∂b = 2/N Σ r, shape []."""
         r = self(x) - y
         return {"weight": 2 * (r @ x) / len(r), "bias": 2 * r.mean()}
 
@@ -83,13 +78,10 @@ class LinearRegression(GradientDescentModule):
         return r.dot(r) / len(r), {"weight": scaled @ x, "bias": scaled.sum()}
 
     def loss_from_moments(self, moments: Moments) -> Tensor:
-        """L = wᵀCw − 2wᵀc + v + e², with C, c, v the centred moments of x and y."""
         return moments.loss(self.weight, self.bias)
 
     def loss_and_gradients_from_moments(self, moments: Moments) -> tuple[Tensor, Gradients]:
-        """∂L/∂w = 2(Cw − c) + 2e m and ∂L/∂b = 2e, e = mᵀw + b − ȳ: no row is read."""
         loss, weight, bias = moments.loss_and_gradients(self.weight, self.bias)
-        assert bias is not None
         return loss, {"weight": weight, "bias": bias}
 
     def configure_callbacks(self) -> list[Callback]:
@@ -101,22 +93,20 @@ class LinearRegression(GradientDescentModule):
         """Compute the loss as the mean squared error of the predictions."""
         return {"loss": MeanSquaredError()}
 
-    @staticmethod
-    def example_batch() -> tuple["LinearRegression", Tensor, Tensor]:
+    @classmethod
+    def example_batch(cls) -> tuple["LinearRegression", Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1)
         x, y = torch.randn(7, 3, generator=generator), torch.randn(7, generator=generator)
-        return LinearRegression(num_features=3, start="linear"), x, y
+        return cls(num_features=3, start="linear"), x, y
 
 
 def _start(start: str, num_features: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return weight [D] and bias [] of a start, drawn on the CPU whatever the default device."""
     one_of("start", start, ("zeros", "uniform", "linear"))
-    weight, bias = torch.zeros(num_features, device="cpu"), torch.zeros((), device="cpu")
     generator = torch.Generator().manual_seed(seed)
-    if start == "uniform":  # as in the notebook
-        weight = torch.rand(num_features, generator=generator, device="cpu")
-    elif start == "linear":  # nn.Linear draws both from U(−1/√D, 1/√D)
-        drawn = torch.rand(num_features + 1, generator=generator, device="cpu").mul(2).sub(1)
-        drawn = drawn.mul(1 / math.sqrt(num_features))
-        weight, bias = drawn[:-1].clone(), drawn[-1].clone()
-    return weight, bias
+    weight = torch.rand(num_features, generator=generator, device="cpu")
+    bias = torch.rand((), generator=generator, device="cpu")
+    if start == "linear":  # nn.Linear draws both from U(−1/√D, 1/√D)
+        bound = 1 / math.sqrt(num_features)
+        return (2 * weight - 1) * bound, (2 * bias - 1) * bound
+    return weight if start == "uniform" else 0 * weight, 0 * bias

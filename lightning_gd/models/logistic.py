@@ -21,11 +21,9 @@ class LogisticParity(ParityRegressor):
     """
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """L = 1/N Σ log(1 + exp(−y ŷ)) = −1/N Σ log σ(y ŷ), which no score overflows."""
-        return -logsigmoid(y * self(x)).mean()
+        return -logsigmoid(y * self(x)).mean()  # no score overflows
 
     def gradients(self, x: Tensor, y: Tensor) -> Gradients:
-        """∂L/∂w = xᵀ d, shape [D], and ∂L/∂b = Σ d, shape [], with d = −y/N σ(−y ŷ)."""
         d = -y * torch.sigmoid(-y * self(x)) / len(y)
         return {"weight": d @ x, "bias": d.sum()}
 
@@ -35,11 +33,4 @@ class LogisticParity(ParityRegressor):
         return -logsigmoid(margin).mean(), {"weight": d @ x, "bias": d.sum()}
 
     def metrics(self) -> dict[str, Metric]:
-        """Those of the decision ŷ > 0, and the mean squared error of the scores."""
         return {"mse": MeanSquaredError(), **decision_metrics()}
-
-    @staticmethod
-    def example_batch() -> tuple["LogisticParity", Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(5)
-        x, y = torch.rand(6, 16, generator=generator), torch.tensor([1.0, -1, 1, 1, -1, -1])
-        return LogisticParity(num_features=16, start="linear"), x, y

@@ -26,8 +26,7 @@ class ParityMLP(GradientDescentModule):
     squared:  ℓ = (ŷ − y)²            d = 2/N (ŷ − y)             relu:  φ′ = 1 where h > 0
     logistic: ℓ = log(1 + exp(−y ŷ))  d = −y/N σ(−y ŷ)            tanh:  φ′ = 1 − h²
 
-    A digit is called odd where ŷ > 0. A, a, w are drawn: from zeros the network could not
-    learn, since h = 0 makes ∂L/∂w vanish and w = 0 makes δ, so that b alone would ever move; and
+    A digit is called odd where ŷ > 0. A and w are drawn: from zeros b alone would ever move, and
     hidden units that start alike have the same gradient and stay copies of one.
 
     Args:
@@ -37,9 +36,6 @@ class ParityMLP(GradientDescentModule):
         loss: ℓ, `squared` or `logistic`.
         start_seed: Seed of the start: A by He's rule for φ, w as in `nn.Linear`, a and b zero.
         **kwargs: Those of `GradientDescentModule`.
-
-    Raises:
-        ValueError: If a value is out of range.
     """
 
     def __init__(
@@ -69,17 +65,15 @@ class ParityMLP(GradientDescentModule):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Predict ŷ = φ(x Aᵀ + a) w + b, shape [N], for inputs x of shape [N, D]."""
         return self._layers(x)[1]
 
     def _layers(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What each layer puts out: h, shape [N, H], and ŷ, shape [N]."""
+        """Return the output of each layer: h, shape [N, H], and ŷ, shape [N]."""
         z = functional.linear(x, self.hidden_weight, self.hidden_bias)
         h = z.relu() if self._relu else z.tanh()
         return h, torch.addmv(self.bias, h, self.weight)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """L = 1/N Σ ℓ(ŷ, y)."""
         return self._cost(self(x), y)
 
     def _cost(self, prediction: Tensor, y: Tensor) -> Tensor:
@@ -110,16 +104,11 @@ class ParityMLP(GradientDescentModule):
         return self._cost(layers[1], y), self.gradients(x, y, layers)
 
     def metrics(self) -> dict[str, Metric]:
-        """Those of the decision ŷ > 0, and the mean squared error, be it the loss or not."""
         return {"loss" if self._squared else "mse": MeanSquaredError(), **decision_metrics()}
 
     @staticmethod
     def example_batch(**settings) -> tuple["ParityMLP", Tensor, Tensor]:
-        """Return a small instance and a batch (x, y), with no hidden unit near the kink of relu.
-
-        Args:
-            **settings: Passed on to the model, such as `activation="tanh"`.
-        """
+        """Return a small instance and a batch (x, y), with no hidden unit near the kink of relu."""
         generator = torch.Generator().manual_seed(3)
         x = torch.randn(6, 5, generator=generator)
         y = torch.tensor([1.0, -1, 1, 1, -1, -1])

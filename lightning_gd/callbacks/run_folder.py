@@ -1,0 +1,26 @@
+"""What callbacks leave in the folder of a run: TensorBoard's records and CSV files."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+
+def boards(trainer: Trainer) -> list[Any]:
+    """Return the SummaryWriters of the TensorBoard loggers, on the first process."""
+    loggers = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
+    return [logger.experiment for logger in loggers if trainer.is_global_zero]
+
+
+def write_csv(trainer: Trainer, name: str, rows: Iterable[Iterable[Any]]) -> Path | None:
+    """Write rows to a file and return its path; None where the run has no folder."""
+    if trainer.logger is None or not trainer.logger.log_dir:
+        return None
+    path = Path(trainer.logger.log_dir, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return path
