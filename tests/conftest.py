@@ -2,18 +2,106 @@
 
 import contextlib
 import importlib
+import io
 import logging
+import os
 import pkgutil
+import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gd import GradientDescentModule, models
+from lightning_gd import GradientDescentModule, Table, TensorDataModule, cli, models, resume
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))  # as `python scripts/x.py` has it
+SCRIPT = Path(__file__).parent.parent / "scripts" / "train.py"
+# Lightning calls what jsonargparse 4.49 deprecates.
+LIGHTNINGS = r"ignore:\s*.*(was deprecated in v4|only one JsonargparseDeprecation)"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", LIGHTNINGS)
+
+
+def run(*argv):
+    """Exit status, stdout and stderr of the command line, with this process left as it was."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["train.py"])
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setenv(resume.FOUND, "")
+        status = cli.main([str(word) for word in argv])
+    return status, out.getvalue(), err.getvalue()
+
+
+def trainer_words(**settings):
+    """Settings of the Trainer as they are typed, without a progress bar."""
+    typed = {"enable_progress_bar": "false", **settings}
+    return [str(word) for name in typed for word in (f"--trainer.{name}", typed[name])]
+
+
+def process(*words, **env):
+    """A real process of Python, and what came of it."""
+    words, env = [sys.executable, *map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=env)
+
+
+def events_in(folder):
+    """Everything that TensorBoard reads from the folder of a run."""
+    return EventAccumulator(str(folder), {"scalars": 0, "histograms": 0, "images": 0}).Reload()
+
+
+def curves_in(folder):
+    """The points (update, value) of each curve; one that is written twice is there twice."""
+    events = events_in(folder)
+    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    return {tag: sorted((p.step, p.value) for p in curve) for tag, curve in found.items()}
+
+
+def plain(value):
+    """Tensors as lists of the numbers that they hold, to the bit."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+class Rows(TensorDataModule):
+    """Given rows, to train and to test on."""
+
+    def __init__(self, x, y, **settings):
+        super().__init__(**settings)
+        self.rows = Table(x, y)
+
+    def load(self):
+        return {"train": self.rows, "test": self.rows}
+
+
+class RandomRows(TensorDataModule):
+    """23 rows with 3 features and noise, 7 of them to test; targets, or class numbers."""
+
+    def __init__(self, classes=False, **settings):
+        super().__init__(**settings)
+        self.classes = classes
+
+    def load(self):
+        x = normal(23, 3, seed=3)
+        y = x @ torch.tensor([1.0, -2.0, 0.5]).double() + 0.3 + 0.1 * normal(23, seed=4)
+        y = (y > 0).long() if self.classes else y
+        return {"train": Table(x, y), "test": Table(x[:7], y[:7])}
 
 
 def find_models():

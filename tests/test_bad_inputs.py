@@ -8,14 +8,12 @@ from pathlib import Path
 
 import bad_inputs
 import pytest
-from conftest import counted
-from test_cli import LIGHTNINGS, SCRIPT, process, run
+from conftest import SCRIPT, counted, process, run
 from test_mnist_files import small_files
 
 from lightning_gd.cli import VERBS
 from lightning_gd.data import mnist
 
-pytestmark = pytest.mark.filterwarnings(LIGHTNINGS)
 ANSWERED = "bad inputs answered"
 MOST_LINES = 3
 QUIET = ["--trainer.max_steps", "3", "--trainer.enable_progress_bar", "false"]
@@ -92,7 +90,7 @@ PROCESSES = {
 
 
 def answer(words, **env):
-    done = process(SCRIPT, *command(words), OMP_NUM_THREADS="1", **env)
+    done = process(SCRIPT, *command(words), **env)
     return done.returncode, done.stdout, done.stderr
 
 

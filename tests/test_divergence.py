@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cli import LIGHTNINGS, run
+from conftest import run
 from test_distributed import launch
 
 from lightning_gd import CurvatureReport, LinearRegression, PointsData, RunCheckpoint
@@ -116,7 +116,6 @@ def test_only_least_squares_has_a_largest_stable_rate(make_trainer, capsys, mode
 LINE = ["--config", "linear", "--model.lr", "0.5", "--trainer.enable_progress_bar", "false"]
 
 
-@pytest.mark.filterwarnings(LIGHTNINGS)
 @pytest.mark.parametrize("gradient", ["explicit", "autograd"])
 def test_the_exit_status_is_3(tmp_path, gradient):
     words = [*LINE, "--model.gradient", gradient, "--trainer.default_root_dir", tmp_path]

@@ -7,10 +7,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from conftest import events_in
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gd import LinearRegression, ParityRegressor, PointsData, figures
 from lightning_gd.callbacks.pictures import Pictures
@@ -136,7 +136,7 @@ def fit(make_trainer, tmp_path, model, data, steps):
     pictures, logger = Pictures(), RunLogger(str(tmp_path), "run")
     trainer = make_trainer(max_steps=steps, logger=logger, callbacks=[pictures])
     trainer.fit(model, datamodule=data)
-    events = EventAccumulator(str(logger.log_dir), {"images": 0, "scalars": 0}).Reload()
+    events = events_in(logger.log_dir)
     folder = tmp_path / "run" / "version_0" / "pictures"
     return pictures, events, {path.stem: imread(path) for path in folder.glob("*.png")}
 

@@ -13,15 +13,14 @@ from functools import cache
 import pytest
 import torch
 import yaml
-from conftest import FIGURES, find_models
+from conftest import FIGURES, Rows, find_models
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 from test_batches import trainer_at
-from test_cli import LIGHTNINGS
 from test_models import is_class, problems, trained
-from test_modes import Rows, train
+from test_modes import train
 from test_moments import in_step, noisy
 
 import lightning_gd
@@ -30,7 +29,6 @@ from lightning_gd.batch import batches_of
 from lightning_gd.data.tables import GlobalBatches, Table
 from lightning_gd.distributed import RowMean
 
-pytestmark = pytest.mark.filterwarnings(LIGHTNINGS)
 PROPERTIES = {}  # name: the check of all its cases, and how many there are
 RAN = Counter()  # by name: cases that held
 TOOLS = {}  # fixtures for the checks

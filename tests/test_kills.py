@@ -5,10 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import counted
+from conftest import counted, curves_in, plain
 from killed import Forge, first_checkpoint
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gd.checkpoints import read
 
@@ -118,23 +116,7 @@ def end_of(folder):
     assert sorted(file.name for file in files.iterdir()) == ["best.ckpt", "last.ckpt"]
     best, final = read(files / "best.ckpt"), read(files / "last.ckpt")
     kept = {"best": plain(best["state_dict"]), "best update": best["global_step"]}
-    return {**kept, **{name: plain(final[name]) for name in COMPARED}, **curves(files.parent)}
-
-
-def curves(folder):
-    """The points (update, value) of each curve; one that is written twice is there twice."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    return {tag: sorted((p.step, p.value) for p in curve) for tag, curve in found.items()}
-
-
-def plain(value):
-    """Tensors as lists of the numbers that they hold, to the bit."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    return value.tolist() if isinstance(value, torch.Tensor) else value
+    return {**kept, **{name: plain(final[name]) for name in COMPARED}, **curves_in(files.parent)}
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import find_models
+from conftest import Rows, find_models, normal, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import LIGHTNINGS, run
-from test_modes import MODES, Rows, normal, train
+from test_modes import MODES, train
 
 import lightning_gd
 from lightning_gd import (
@@ -212,7 +211,6 @@ class Later(LinearRegression):
 LINE = "--data PointsData --trainer.max_steps 3 --trainer.enable_progress_bar false".split()
 
 
-@pytest.mark.filterwarnings(LIGHTNINGS)
 @pytest.mark.parametrize("factor", [2, 1])
 def test_a_model_is_one_file(tmp_path, monkeypatch, factor):
     """One more file in `models` is a name of the package, found, checked and trained."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import RandomRows, Rows, normal
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader
@@ -12,8 +13,6 @@ from lightning_gd import (
     GradientDescentModule,
     LinearRegression,
     PointsData,
-    Table,
-    TensorDataModule,
     check_gradients,
 )
 
@@ -26,31 +25,6 @@ pytestmark = [
 # at most 50 rows; 60 updates that contract keep that below 1e-12 of weights of order 1.
 CLOSE = {"rtol": 0, "atol": 1e-12}
 MODES = ("explicit", "autograd")
-
-
-class Rows(TensorDataModule):
-    """Given rows, to train and to test on."""
-
-    def __init__(self, x, y, **settings):
-        super().__init__(**settings)
-        self.rows = Table(x, y)
-
-    def load(self):
-        return {"train": self.rows, "test": self.rows}
-
-
-class RandomRows(TensorDataModule):
-    """23 rows with 3 features and noise, 7 of them to test."""
-
-    def load(self):
-        x = normal(23, 3, seed=3)
-        y = x @ torch.tensor([1.0, -2.0, 0.5]).double() + 0.3 + 0.1 * normal(23, seed=4)
-        return {"train": Table(x, y), "test": Table(x[:7], y[:7])}
-
-
-def normal(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def train(trainer, model, data, **where):

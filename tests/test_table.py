@@ -7,8 +7,8 @@ from pathlib import Path
 import mpmath  # comes with torch
 import pytest
 import torch
+from conftest import run
 from lightning.pytorch.loggers import CSVLogger
-from test_cli import LIGHTNINGS, run
 
 from lightning_gd import LinearRegression
 from lightning_gd.callbacks.coefficients import Coefficients, least_squares
@@ -330,7 +330,6 @@ def test_predictions_are_written_in_the_units_of_the_table(make_trainer, tmp_pat
 # The command line
 
 
-@pytest.mark.filterwarnings(LIGHTNINGS)
 def test_one_command_fits_a_table_and_one_predicts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.csv").write_text(LONGLEY.read_text())
