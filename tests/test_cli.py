@@ -246,6 +246,8 @@ def test_the_verb_check_trains_nothing(tmp_path, monkeypatch):
     status, out, err = run("check", "--model", "doubled.Doubled", "--data", "PointsData")
     assert (status, out) == (2, "") and "bias: 2 times the gradient of loss" in err
     assert not list(tmp_path.rglob("version_*"))
+    status, out, err = run("--model", "doubled.Doubled", "--data", "PointsData", *trainer_words())
+    assert status == 2 and "bias: WRONG" in err and not list(tmp_path.rglob("*.ckpt"))
 
 
 OWN = """

@@ -8,20 +8,20 @@ import re
 import types
 import typing
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 import yaml
-from conftest import FIGURES, Rows, find_models
+from conftest import FIGURES, Rows, find_models, normal
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 from test_batches import trainer_at
-from test_models import is_class, problems, trained
+from test_models import is_class, own_choices, rebuild, trained
 from test_modes import train
-from test_moments import in_step, noisy
+from test_moments import noisy
 
 import lightning_gd
 from lightning_gd import LinearRegression, Moments, ParityMLP
@@ -50,6 +50,26 @@ def prop(cases, **drawn):
         return check
 
     return enter
+
+
+SEEDS = st.integers(0, 2**32 - 1)
+SIZES = st.sampled_from([1, 7]) | st.integers(1, 40)
+
+
+@st.composite
+def problems(draw, model_class):
+    """A model in float64 with any of its settings, at its start or elsewhere, and a batch."""
+    model, x, y = model_class.example_batch()
+    changes = {name: draw(st.sampled_from(v)) for name, v in own_choices(model_class).items()}
+    shape = [draw(SIZES), *x.shape[1:]]
+    if "num_features" in model.hparams:
+        shape[1] = changes["num_features"] = draw(SIZES)
+    seed, moved = draw(SEEDS), rebuild(model, **changes)
+    if draw(st.booleans()):
+        for i, parameter in enumerate(trained(moved).values()):
+            parameter.data += normal(*parameter.shape, seed=seed + i)
+    inputs, targets = normal(*shape, seed=seed + 10), normal(shape[0], seed=seed + 11)
+    return moved, inputs, targets.sign() if is_class(y) else targets
 
 
 def gradients_of(model, x, y):
@@ -85,7 +105,8 @@ def explicit_is_autograd(problem, dtype, power):
     with torch.no_grad():
         explicit = model.gradients(x, y)
         loss, both = model.loss_and_gradients(x, y)
-    assert loss.isfinite()
+    assert loss.isfinite()  # a mean of terms that are not negative: it has all its digits
+    assert loss.item() == pytest.approx(model.loss(x, y).item(), rel=100 * torch.finfo(dtype).eps)
     expected, sizes = gradients_of(model, x, y), sizes_of_terms(model, x, y)
     for name, wanted, size in zip(trained(model), expected, sizes, strict=True):
         for found in (explicit[name], both[name]):
@@ -118,12 +139,30 @@ def moments_are_the_direct_formula(n, size, seed, offset, with_bias):
     assert db is None or abs(db - 2 * r.mean()) <= 1e-9 * size_r.mean()
 
 
+def in_step(parts):
+    """Reduce all parts; each round knows the sum of one more call than the round before."""
+    sums, reduced = [], []
+    for _ in range(3):
+        sent = [[] for _ in parts]
+        pairs = zip(parts, sent, strict=True)
+        reduced = [part.reduce(partial(known, sums, own)) for part, own in pairs]
+        sums = [torch.stack(flats).sum(0) for flats in zip(*sent, strict=True)]
+    return reduced
+
+
+def known(sums, sent, flat):
+    assert flat.dim() == 1 and flat.dtype == torch.float64
+    sent.append(flat)
+    return sums[len(sent) - 1] if len(sent) <= len(sums) else flat
+
+
 @prop(700, cuts=st.lists(st.integers(0, 40), max_size=5), **TABLES)
 def moments_of_parts_add_up(n, size, seed, offset, cuts):
     x, y = noisy(n, size, seed)
     x, edges = x + offset, [0, *sorted(min(cut, n) for cut in cuts), n]
     slices = map(slice, edges, edges[1:])
-    total = in_step([Moments.of(x[rows], y[rows]) for rows in slices])[0]
+    total, *others = in_step([Moments.of(x[rows], y[rows]) for rows in slices])
+    assert all(torch.equal(other.cov, total.cov) for other in others)
     whole = Moments.of(x, y)
     assert total.n == whole.n == n
     # An offset of 1e6 leaves 1e-10 of rounding in the means, whose differences are squared.
