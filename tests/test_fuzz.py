@@ -92,7 +92,7 @@ POWERS = {torch.float32: 15, torch.float64: 140}
 
 
 @prop(
-    1200,
+    1000,
     problem=st.sampled_from(find_models()).flatmap(problems),
     dtype=st.sampled_from(list(POWERS)),
     power=st.floats(-1, 1),
@@ -198,7 +198,7 @@ def batches(*args, **settings):
     return [batch for step in steps(*args, **settings) for batch in step]
 
 
-@prop(600, world=st.integers(1, 5), epoch=PLACES["epoch"], **LOADERS)
+@prop(700, world=st.integers(1, 5), epoch=PLACES["epoch"], **LOADERS)
 def every_row_once_in_the_same_batches(world, epoch, accumulate, updates_per_step, **drawn):
     count = loader(**drawn).batches
     alone = batches(step=epoch * count, **drawn)
@@ -214,7 +214,7 @@ def every_row_once_in_the_same_batches(world, epoch, accumulate, updates_per_ste
         assert {len(step) for step in found[:-1]} <= {accumulate * updates_per_step}
 
 
-@prop(600, limit=st.integers(1, 9), **PLACES, **LOADERS)
+@prop(900, limit=st.integers(1, 9), **PLACES, **LOADERS)
 def the_place_follows_global_step(epoch, done, accumulate, **drawn):
     drawn["accumulate"] = accumulate
     first = epoch * loader(**drawn).updates_per_epoch
@@ -225,7 +225,7 @@ def the_place_follows_global_step(epoch, done, accumulate, **drawn):
     assert loader(step=first + done, **drawn).updates_in_epoch() == done
 
 
-@prop(500, passes=st.integers(1, 30), done=PLACES["done"], rows=LOADERS["rows"])
+@prop(700, passes=st.integers(1, 30), done=PLACES["done"], rows=LOADERS["rows"])
 def passes_of_the_full_batch(rows, passes, done):
     for rank, world in ((0, 1), (0, 3), (2, 3)):
         settings = {"passes": passes, "process": (rank, world), "updates_per_step": 7}
@@ -233,7 +233,7 @@ def passes_of_the_full_batch(rows, passes, done):
         assert batches(rows, done, **settings) == [list(range(rows))[rank::world]] * left
 
 
-@prop(600, autograd=st.booleans(), max_steps=st.integers(1, 12), **LOADERS)
+@prop(300, autograd=st.booleans(), max_steps=st.integers(1, 12), **LOADERS)
 def a_fit_is_a_plain_loop(autograd, max_steps, rows, accumulate, updates_per_step, **drawn):
     accumulate, mode = (1, "autograd") if autograd else (accumulate, "explicit")
     drawn["seed"], (x, y) = drawn["seed"] or 0, noisy(rows, 2)
@@ -303,7 +303,7 @@ def parser_of(cls):
     return parser
 
 
-@prop(500, cls=st.sampled_from([*find_models(), *DATA]), drawn=st.data())
+@prop(400, cls=st.sampled_from([*find_models(), *DATA]), drawn=st.data())
 def settings_survive_yaml(cls, drawn):
     base = LightningDataModule if cls in DATA else LightningModule
     chosen = drawn.draw(st.fixed_dictionaries({}, optional=settings_of(cls, base)))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 
-from lightning_gd import CurvatureReport, MNISTParityData, ParityRegressor, TestCurve
+from lightning_gd import MNISTParityData, ParityRegressor
 
 ROOT = os.environ.get("MNIST_ROOT")
 pytestmark = pytest.mark.skipif(
@@ -71,14 +71,3 @@ def test_the_exact_optimum(tables):
     scores = tables["test"].x.double() @ optimum.weight + optimum.bias
     accuracy = ((scores > 0) == (tables["test"].y > 0)).double().mean().item()
     assert accuracy == pytest.approx(0.894, abs=0.001)
-
-
-def test_the_predicted_curve_on_digits():
-    """On the first 2,000 digits in float64, with momentum, by the formula."""
-    data, callbacks = digits(num_train=2000, num_test=1000), [TestCurve(), CurvatureReport()]
-    model, _ = train(data, 100, callbacks, precision="64-true", momentum=0.5)
-    for part in ("train", "test"):
-        (_, predicted), (_, measured) = (
-            model.curves.history[f"{kind}{part}/loss"] for kind in ("predicted/", "")
-        )
-        assert predicted[:100] == pytest.approx(measured[:100], rel=1e-9)

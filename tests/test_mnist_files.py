@@ -75,20 +75,13 @@ def test_files_in_a_folder(small, tmp_path):
     assert {path.name for path in raw.iterdir()} == set(small)
 
 
-DAMAGE = {
-    "truncated": lambda content: content[:-1],
-    "altered": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
-}
-
-
 @pytest.mark.parametrize("name", mnist.RAW_FILES)
 def test_damaged_and_missing_files_are_named(small, tmp_path, name):
     file = written(tmp_path, small) / name
-    for damage in DAMAGE.values():
-        file.write_bytes(damage(small[name]))
-        with pytest.raises(OSError, match="truncated or altered.*--data.source offline") as error:
-            load(tmp_path)
-        assert str(file) in str(error.value)
+    file.write_bytes(small[name][:-1] + bytes([small[name][-1] ^ 1]))
+    with pytest.raises(OSError, match="truncated or altered.*--data.source offline") as error:
+        load(tmp_path)
+    assert str(file) in str(error.value)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="is missing.*--data.root") as error:
         load(tmp_path, download=False)

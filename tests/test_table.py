@@ -81,34 +81,20 @@ def fit(make_trainer, data, tmp_path, steps, **settings):
 
 # Reading
 
+# Beside the tables of `bad_inputs.py`.
 PLACED = [
-    ("", {}, "has no header: its first line must name the columns"),
-    ("a,b,y\n", {}, "has a header and no rows"),
-    ("a,b,a,y\n1,2,3,4\n", {}, "line 1: 2 columns are named 'a'"),
-    ("a,price,y\n1,2,3\n", {"target": "pric"}, "has no column 'pric': its columns: a, price, y"),
-    ("a,b,y\n1,2,3\n", {"features": ["c"]}, "has no column 'c': its columns: a, b, y"),
     ("a,b,y\n1,2,3\n", {"features": ["a", "y"]}, "features=['a', 'y'] must name one or more"),
     ("a,b,y\n1,2,3\n", {"features": ["a", "a"]}, "each once and without the target 'y'"),
     ("y\n1\n", {}, "features=[] must name one or more columns of"),
     (",b,y\n0,1,2\n", {}, "features=['', 'b'] must name one or more columns of"),
-    ("a;b;y\n1;2;3\n", {}, "is --data.separator right? its columns: a;b;y"),
     ("a,b,y\n1,2,3\n4,x,6\n7,z,9\n", {}, "line 3, column 'b': 'x' is not a finite number"),
     ("a,b,y\n1,2,3\n\n4,,6\n", {}, "line 4, column 'b': the cell is empty"),
     ("a,b,y\n1,2,3\n4,5\n", {}, "line 3, column 'y': the cell is empty"),
     ("a,b,y\n1,2,3\n4,NA,5\n", {}, "line 3, column 'b': the cell is empty"),
     ("a,b,y\n1,2,3\n4,5,-inf\n", {}, "line 3, column 'y': '-inf' is not a finite number"),
     ("a,b,y\n1,2,3\n4,1e400,6\n", {}, "line 3, column 'b': 'inf' is not a finite number"),
-    ("a,b,y\n1,2,3\n4,5,6,7\n", {}, "cannot be read as a table: "),
     ("a,b,y\n1,2,3,4\n4,5,6,7\n", {}, "cannot be read as a table: "),
-    (b"a,b,y\n1,2,\xe4\n", {}, "is not a text file in UTF-8"),
-    ("a,b,y\n1,2,3\n", {}, "test_fraction=0.2 leaves no row"),
-    (
-        ROWS,
-        {"test_fraction": 1},
-        "test_fraction=1 must be a finite number of at least 0 and below 1",
-    ),
     (ROWS, {"test_fraction": -0.5}, "test_fraction=-0.5 must be a finite number"),
-    (ROWS, {"separator": ", "}, "separator=', ' must be one character"),
     (ROWS, {"num_val": 4}, "num_val=4 leaves no row to train on: there are 4"),
 ]
 
@@ -118,11 +104,6 @@ def test_what_cannot_be_used_is_named_with_its_place(table, text, settings, mess
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         table(text, **settings)
     assert "\n" not in str(error.value)
-
-
-def test_a_missing_file_is_named():
-    with pytest.raises(FileNotFoundError, match="no-such.csv"):
-        TableData("no-such.csv", "y")
 
 
 FORMS = {
