@@ -12,7 +12,6 @@ from conftest import RandomRows, Rows, normal
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from test_modes import CLOSE, MODES, SETTINGS, line
 
 from lightning_gd import LinearRegression, PointsData, TestCurve
@@ -60,18 +59,23 @@ def test_counting(make_trainer, updates):
 
 
 @pytest.mark.parametrize("gradient", MODES)
-def test_a_callback_sees_the_rows_and_the_loss_of_each_update(make_trainer, gradient):
-    seen, loss = Seen(), {}
+def test_callbacks_and_curves_have_the_rows_loss_and_norm_of_each_update(make_trainer, gradient):
+    """The loss and the norm of the gradient at step k are those before update k."""
+    seen, losses, norms = Seen(), [], []
 
     class Before(Callback):
         def on_train_batch_start(self, trainer, pl_module: Any, batch, batch_idx):
             x, y = batch
             assert x.shape == (len(y), 3) and len(y) == (8, 8, 7)[batch_idx]
-            loss[trainer.global_step] = pl_module.loss(x, y).item()
+            found = [g.detach().reshape(-1) for g in pl_module.gradients(x, y).values()]
+            norms.append(torch.cat(found).norm().item())
+            losses.append(pl_module.loss(x, y).item())
 
     model = fit(make_trainer(max_steps=7, callbacks=[seen, Before()]), gradient=gradient)
-    assert seen.losses == pytest.approx(list(loss.values()), rel=1e-13)  # by another sum
+    assert seen.losses == pytest.approx(losses, rel=1e-13)  # by another sum
     assert model.curves.history["train/loss"] == (list(range(7)), seen.losses)
+    steps, found = model.curves.history["gradient_norm"]
+    assert steps == list(range(7)) and found == pytest.approx(norms, rel=1e-12)
 
 
 def test_lightnings_intervals_count_steps(make_trainer):
@@ -207,26 +211,6 @@ def test_every_checkpoint_of_lightnings_resumes_to_the_bit(make_trainer, tmp_pat
 # Curves and loggers
 
 
-def test_curves_count_updates(make_trainer, tmp_path):
-    """The loss at step k is that before update k."""
-    curves = {}
-    for gradient in MODES:
-        logger = CSVLogger(tmp_path, gradient)
-        fit(make_trainer(max_steps=9, logger=logger), {"passes_per_epoch": 9}, gradient=gradient)
-        curves[gradient] = pandas.read_csv(f"{logger.log_dir}/metrics.csv").set_index("step")
-    table, model = RandomRows().load()["train"], line().double()
-    for step in range(9):
-        gradients = model.gradients(table.x, table.y)
-        norm = torch.cat([g.reshape(-1) for g in gradients.values()]).norm().item()
-        loss = model.loss(table.x, table.y).item()
-        for curve in curves.values():
-            assert curve["train/loss"][step] == pytest.approx(loss, rel=1e-12)
-            assert curve["gradient_norm"][step] == pytest.approx(norm, rel=1e-10)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter -= 0.02 * gradients[name]
-
-
 class Shrinking(LinearRegression):
     """L = ½‖w‖², with a gradient in the memory of the parameter."""
 
@@ -271,10 +255,13 @@ def test_learning_rate_monitor_sees_every_update(make_trainer, tmp_path):
     monitor, logger = LearningRateMonitor(logging_interval="step"), CSVLogger(tmp_path)
     args = {"scheduler_args": {"step_size": 1, "gamma": 0.5}, "scheduler_interval": "update"}
     trainer = make_trainer(max_steps=6, logger=logger, callbacks=[monitor])
-    fit(trainer, scheduler="StepLR", **args)
+    model = fit(trainer, scheduler="StepLR", **args)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 0.5**6)
-    found = pandas.read_csv(f"{logger.log_dir}/metrics.csv").set_index("step")["lr-SGD"].dropna()
-    assert list(found) == pytest.approx([0.02 * 0.5**k for k in range(6)])
+    written = pandas.read_csv(f"{logger.log_dir}/metrics.csv").set_index("step")
+    rates = [0.02 * 0.5**k for k in range(6)]
+    assert list(written["lr-SGD"].dropna()) == pytest.approx(rates)
+    steps, losses = model.curves.history["train/loss"]
+    assert written["train/loss"].dropna()[steps].tolist() == pytest.approx(losses)
 
 
 class Scheduled(LinearRegression):
@@ -346,11 +333,8 @@ def test_accumulation_by_the_model_is_for_explicit_mode(make_trainer):
         fit(make_trainer(max_steps=1), **settings)
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", ""])
-def test_strategies_and_precisions_of_other_machines_are_refused_by_name(name):
-    strategy = type(name, (), {})() if name else SingleDeviceStrategy(torch.device("cpu"))
-    trainer: Any = SimpleNamespace(
-        strategy=strategy, precision="16-mixed", accumulate_grad_batches=1, gradient_clip_val=None
-    )
-    with pytest.raises(ValueError, match=name or "--trainer.precision 16-mixed"):
-        check_trainer(trainer, LinearRegression().hparams)
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_strategies_of_other_machines_are_refused_by_name(name):
+    given = {"strategy": type(name, (), {})(), "precision": "32-true", "gradient_clip_val": None}
+    with pytest.raises(ValueError, match=name):
+        check_trainer(SimpleNamespace(**given, accumulate_grad_batches=1), line().hparams)
