@@ -10,9 +10,11 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from killed import Forge
 from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -93,7 +95,7 @@ class Rows(TensorDataModule):
 class RandomRows(TensorDataModule):
     """23 rows with 3 features and noise, 7 of them to test; targets, or class numbers."""
 
-    def __init__(self, classes=False, **settings):
+    def __init__(self, classes: Any = False, **settings):
         super().__init__(**settings)
         self.classes = classes
 
@@ -144,6 +146,13 @@ def make_trainer(tmp_path):
         return Trainer(**{**defaults, **settings})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def forge(tmp_path_factory):
+    """Command lines in processes of their own, which need not import everything anew."""
+    with Forge(tmp_path_factory.mktemp("forge")) as forge:
+        yield forge
 
 
 FIGURES = {}  # what: how many were as they should be, of how many tried

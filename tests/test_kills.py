@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import counted, curves_in, plain
-from killed import Forge, first_checkpoint
+from killed import first_checkpoint
 
 from lightning_gd.checkpoints import read
 
@@ -117,12 +117,6 @@ def end_of(folder):
     best, final = read(files / "best.ckpt"), read(files / "last.ckpt")
     kept = {"best": plain(best["state_dict"]), "best update": best["global_step"]}
     return {**kept, **{name: plain(final[name]) for name in COMPARED}, **curves_in(files.parent)}
-
-
-@pytest.fixture(scope="module")
-def forge(tmp_path_factory):
-    with Forge(tmp_path_factory.mktemp("forge")) as forge:
-        yield forge
 
 
 @pytest.fixture(scope="module")

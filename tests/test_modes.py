@@ -78,7 +78,7 @@ SCHEDULED = (
     "schedule by epoch",
     "plateau",
     "plateau by update",
-)  # which validation touches
+)  # of the losses of an epoch
 
 
 @pytest.mark.parametrize(
