@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_gd import GradientDescentModule, LinearRegression, PointsData, TableData
+from lightning_gd import GradientDescentModule, LinearRegression, TableData
 from lightning_gd.batch import as_batch
 from lightning_gd.callbacks.coefficients import Coefficients
 from lightning_gd.callbacks.curvature_report import CurvatureReport
@@ -81,15 +81,6 @@ def test_the_predicted_curves_are_the_measured_ones(make_trainer, momentum, mome
     steps, excess = history["train/excess_loss"]
     assert steps == list(range(10, 101, 10))
     assert excess[-1] == pytest.approx(history["predicted/train/loss"][1][-1] - optimum, abs=1e-12)
-
-
-def test_a_rate_that_diverges_is_named(make_trainer, capsys):
-    trainer = make_trainer(max_steps=2, callbacks=[CurvatureReport()])
-    model = fit(trainer, PointsData(x=[5.0], y=[1.0]), num_features=1, bias=False, lr=0.1)
-    said = capsys.readouterr().out.replace("\n", " ")
-    assert "each update multiplies the error by −4 and the loss by 16" in said
-    assert "the largest stable rate is 0.04" in said
-    assert model.stable_lr == pytest.approx(0.04)
 
 
 @pytest.mark.filterwarnings("ignore:.*val_dataloader")

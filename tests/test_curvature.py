@@ -158,20 +158,13 @@ def fit(make_trainer, data, model=LinearRegression, **settings):
     return LeastSquares.of(trainer, module), module
 
 
-def test_least_squares_of_a_run(make_trainer):
+def test_lr_auto_is_one_over_the_largest_eigenvalue(make_trainer):
     x, y = table()
     found, model = fit(make_trainer, Rows(x, y), lr="auto")
     ones = torch.cat([x, torch.ones(60, 1)], dim=1)
     largest = torch.linalg.eigvalsh(2 / 60 * ones.T @ ones)[-1].item()
     assert found is not None and model.hparams["lr"] == found.curvature.auto_lr
     assert model.hparams_initial["lr"] == pytest.approx(1 / largest, rel=1e-12)
-    best, theta = torch.linalg.lstsq(ones, y[:, None]).solution[:, 0], found.theta()
-    excess = (ones @ (theta - best)).square().mean()  # the residual of best is orthogonal to x
-    # 1e-11: the solution by singular values has 15 digits, and its distance to theta 14.
-    above = found.moments().excess_loss(theta, found.optimum)
-    torch.testing.assert_close(above, excess, rtol=1e-11, atol=0)
-    terms = 2 / 60 * (ones.abs().T @ (ones.abs() @ theta.abs() + y.abs())).max()
-    assert terms / 10 < found.term_size() < 10 * terms
 
 
 def test_what_is_not_least_squares(make_trainer):

@@ -1,7 +1,5 @@
 """Pictures: what they show, that nothing overlaps, and that a fit leaves them where it says."""
 
-import subprocess
-import sys
 from itertools import combinations
 
 import numpy as np
@@ -173,13 +171,3 @@ def test_a_fit_of_digits_draws_weights_and_mistakes(make_trainer, tmp_path, labe
     assert len(events.Tags()["images"]) == len(files)
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     assert b"train/loss" in layout and b"test/loss" in layout
-
-
-@pytest.mark.parametrize(
-    ("module", "late"),
-    [("figures", ["torch", "matplotlib.pyplot"]), ("callbacks.pictures", ["lightning_gd.figures"])],
-)
-def test_what_is_imported_late(module, late):
-    code = f"import sys, lightning_gd.{module}; print([m for m in {late} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr

@@ -4,6 +4,7 @@ The cases are the same in every run; their number stands at the end of the run.
 """
 
 import contextlib
+import math
 import re
 import types
 import typing
@@ -18,15 +19,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
-from test_batches import trainer_at
+from test_batches import batches, loader, steps
 from test_models import is_class, own_choices, rebuild, trained
 from test_modes import train
 from test_moments import noisy
 
 import lightning_gd
 from lightning_gd import LinearRegression, Moments, ParityMLP
-from lightning_gd.batch import batches_of
-from lightning_gd.data.tables import GlobalBatches, Table
+from lightning_gd.data.tables import GlobalBatches
 from lightning_gd.distributed import RowMean
 
 PROPERTIES = {}  # name: the check of all its cases, and how many there are
@@ -182,22 +182,6 @@ LOADERS = {
 PLACES = {"epoch": st.integers(0, 2**40), "done": st.integers(0, 40)}
 
 
-def loader(rows, step=0, accumulate=1, limit=float("inf"), **settings):
-    numbers, trainer = torch.arange(rows), trainer_at(step, accumulate=accumulate, limit=limit)
-    return GlobalBatches(Table(numbers, -numbers), trainer=trainer, **settings)
-
-
-def steps(*args, **settings):
-    """For each step the local row numbers of its batches."""
-    found = [list(batches_of(step)) for step in loader(*args, **settings)]
-    assert all(torch.equal(x, -y) for step in found for x, y in step)
-    return [[x.tolist() for x, _ in step] for step in found]
-
-
-def batches(*args, **settings):
-    return [batch for step in steps(*args, **settings) for batch in step]
-
-
 @prop(700, world=st.integers(1, 5), epoch=PLACES["epoch"], **LOADERS)
 def every_row_once_in_the_same_batches(world, epoch, accumulate, updates_per_step, **drawn):
     count = loader(**drawn).batches
@@ -214,11 +198,15 @@ def every_row_once_in_the_same_batches(world, epoch, accumulate, updates_per_ste
         assert {len(step) for step in found[:-1]} <= {accumulate * updates_per_step}
 
 
-@prop(900, limit=st.integers(1, 9), **PLACES, **LOADERS)
-def the_place_follows_global_step(epoch, done, accumulate, **drawn):
-    drawn["accumulate"] = accumulate
+@prop(900, limit=st.integers(1, 9), autograd=st.booleans(), **PLACES, **LOADERS)
+def the_place_follows_global_step(epoch, done, autograd, accumulate, **drawn):
+    """In autograd mode a step has one batch, and an epoch ends with an update."""
+    drawn |= {"accumulate": accumulate, "several": not autograd}
     first = epoch * loader(**drawn).updates_per_epoch
     whole = batches(step=first, **drawn)
+    if autograd:
+        size = drawn["batch_size"] or drawn["rows"]
+        assert len(whole) == min(drawn["limit"], math.ceil(drawn["rows"] / size))
     torch.rand(1)  # whatever else draws
     done %= -(-len(whole) // accumulate)
     assert batches(step=first + done, **drawn) == whole[done * accumulate :]
@@ -230,7 +218,7 @@ def passes_of_the_full_batch(rows, passes, done):
     for rank, world in ((0, 1), (0, 3), (2, 3)):
         settings = {"passes": passes, "process": (rank, world), "updates_per_step": 7}
         left = passes - done % passes
-        assert batches(rows, done, **settings) == [list(range(rows))[rank::world]] * left
+        assert batches(rows, step=done, **settings) == [list(range(rows))[rank::world]] * left
 
 
 @prop(300, autograd=st.booleans(), max_steps=st.integers(1, 12), **LOADERS)
@@ -242,7 +230,7 @@ def a_fit_is_a_plain_loop(autograd, max_steps, rows, accumulate, updates_per_ste
     found = train(TOOLS["make_trainer"](max_steps=max_steps), LinearRegression(2, **settings), data)
     x, moved, theta = torch.cat([x, x.new_ones(rows, 1)], 1), x.new_zeros(3), x.new_zeros(3)
     for update in range(max_steps):
-        left = batches(rows, update, accumulate, **drawn)
+        left = batches(rows, step=update, accumulate=accumulate, **drawn)
         seen = [row for batch in left[:accumulate] for row in batch]
         moved = 0.9 * moved + 2 / len(seen) * x[seen].T @ (x[seen] @ theta - y[seen])
         theta = theta - 0.01 * moved

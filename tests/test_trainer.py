@@ -190,24 +190,6 @@ def test_a_stopped_run_resumes_to_the_bit(make_trainer, tmp_path, modes, schedul
         same_from(stop, resumed, whole, **close)
 
 
-# The second ModelCheckpoint writes elsewhere: Lightning says that it forgets the first's scores.
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("gradient", MODES)
-@pytest.mark.parametrize("data", [FOUR, {"passes_per_epoch": 6}], ids=str)
-def test_every_checkpoint_of_lightnings_resumes_to_the_bit(make_trainer, tmp_path, gradient, data):
-    """Also one that is written after the last step of an epoch, before its end."""
-    settings = {"gradient": gradient, **SETTINGS["schedule by epoch"]}
-
-    def saving(folder):
-        save = ModelCheckpoint(folder, every_n_train_steps=1, filename="{step}", save_top_k=-1)
-        return make_trainer(max_epochs=3, callbacks=[save], enable_checkpointing=True)
-
-    whole = fit(saving(tmp_path), data, **settings)
-    for file in tmp_path.glob("*.ckpt"):
-        resumed = fit(saving(tmp_path / file.stem), data, file, **settings)
-        same_from(int(file.stem.split("=")[1]), resumed, whole, rtol=0, atol=0)
-
-
 # Curves and loggers
 
 
