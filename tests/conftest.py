@@ -18,7 +18,15 @@ from killed import Forge
 from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gd import GradientDescentModule, Table, TensorDataModule, cli, models, resume
+from lightning_gd import (
+    GradientDescentModule,
+    LinearRegression,
+    Table,
+    TensorDataModule,
+    cli,
+    models,
+    resume,
+)
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))  # as `python scripts/x.py` has it
@@ -153,6 +161,19 @@ def forge(tmp_path_factory):
     """Command lines in processes of their own, which need not import everything anew."""
     with Forge(tmp_path_factory.mktemp("forge")) as forge:
         yield forge
+
+
+def line(**settings):
+    return LinearRegression(**{"num_features": 3, "start": "uniform", "lr": 0.02, **settings})
+
+
+def fit(trainer, data: Any = None, kind: Any = line, ckpt_path=None, **settings) -> Any:
+    """The model that the Trainer has trained, on mini-batches of 8 if no data are given."""
+    if not isinstance(data, TensorDataModule):
+        data = RandomRows(**(data or {"batch_size": 8}))
+    model = kind(**settings)  # in float32: the Trainer makes it a model of its precision
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+    return model
 
 
 FIGURES = {}  # what: how many were as they should be, of how many tried

@@ -8,24 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RandomRows, events_in
+from conftest import RandomRows, events_in, fit
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_gd import GradientDescentModule, LinearRegression, TableData
-from lightning_gd.batch import as_batch
-from lightning_gd.callbacks.coefficients import Coefficients
-from lightning_gd.callbacks.curvature_report import CurvatureReport
-from lightning_gd.callbacks.end_table import EndTable
-from lightning_gd.callbacks.gradient_check import GradientCheck
-from lightning_gd.callbacks.histograms import WeightHistograms
-from lightning_gd.callbacks.pictures import Pictures
-from lightning_gd.callbacks.predictions import Predictions
-from lightning_gd.callbacks.progress import UpdateProgressBar
-from lightning_gd.callbacks.test_curve import TestCurve
-from lightning_gd.logger import RunLogger
+from lightning_gd import (
+    Coefficients,
+    CurvatureReport,
+    EndTable,
+    GradientCheck,
+    GradientDescentModule,
+    LinearRegression,
+    Pictures,
+    Predictions,
+    RunLogger,
+    TableData,
+    TestCurve,
+    UpdateProgressBar,
+    WeightHistograms,
+    as_batch,
+)
 
 FOLDER = "a folder [bold]with brackets[/bold] and a name that is longer than a terminal is wide"
 
@@ -55,14 +59,6 @@ class Foreign(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def fit(trainer, data, **settings: Any) -> Any:
-    settings = {"num_features": 3, "start": "uniform", "lr": 0.02, **settings}
-    with trainer.init_module():
-        model = LinearRegression(**settings)
-    trainer.fit(model, datamodule=data)
-    return model
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -201,9 +197,7 @@ def test_histograms_and_the_progress_bar(make_trainer, tmp_path, capsys):
 def test_weights_too_large_for_tensorboard_have_no_histogram(make_trainer, tmp_path):
     logger = TensorBoardLogger(tmp_path)
     trainer = make_trainer(max_steps=1, callbacks=[WeightHistograms()], logger=logger)
-    trainer.fit(
-        LinearRegression(num_features=3, weight=[1e25] * 3).double(), datamodule=RandomRows()
-    )
+    fit(trainer, weight=[1e25] * 3)
     assert events_in(logger.log_dir).Tags()["histograms"] == []
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RandomRows, counted, curves_in, plain, run, trainer_words
+from conftest import RandomRows, counted, curves_in, line, plain, run, trainer_words
+from conftest import fit as train
 
 import lightning_gd
 from lightning_gd import LinearRegression, PointsData
@@ -273,8 +274,7 @@ def fit(make_trainer, root, case, mode, every, start=None, keep=None):
     if start is not None:
         logger.cut(*read(start)["curve_files"])
     checkpoints = saving(Path(logger.log_dir, "checkpoints"), every_n_updates=every)
-    line = {"num_features": 3, "start": "uniform", "lr": 0.02, "momentum": 0.9, "gradient": mode}
-    model = LinearRegression(**line, **settings).double()
+    model = line(momentum=0.9, gradient=mode, **settings)
     plugins = None if keep is None else [Keep(model, keep)]
     trainer = make_trainer(logger=logger, plugins=plugins, **checkpoints, **limits)
     trainer.fit(model, datamodule=RandomRows(**data), ckpt_path=start)
@@ -333,8 +333,7 @@ def test_a_finished_run_is_extended_as_if_it_had_been_longer(make_trainer, tmp_p
 def test_last_is_the_last_and_best_the_best(make_trainer, tmp_path):
     """With a rate so large that the validation loss climbs from the first epoch on."""
     trainer = make_trainer(max_epochs=4, **saving(tmp_path))
-    model = LinearRegression(num_features=3, start="uniform", lr=0.02, momentum=0.99).double()
-    losses = []
+    model, losses = line(momentum=0.99), []
     model.on_validation_end = lambda: losses.append(trainer.callback_metrics["val/loss"].item())
     trainer.fit(model, datamodule=RandomRows(**VALIDATED))
     best, final = (read(tmp_path / f"{name}.ckpt")["epoch"] for name in ("best", "last"))
@@ -345,9 +344,8 @@ def test_typed_rates_reach_the_optimizer_and_its_schedule(make_trainer, tmp_path
     data, settings, limits = CASES["mini, epochs"]
     folder = fit(make_trainer, tmp_path, (data, settings, {"max_epochs": 2}), "explicit", None)[1]
     trainer = make_trainer(**limits, **saving(tmp_path / "again"))
-    model = LinearRegression(num_features=3, lr=0.04, momentum=0.5, **settings).double()
     file = folder / "checkpoints" / "last.ckpt"
-    trainer.fit(model, datamodule=RandomRows(**data), ckpt_path=file)
+    train(trainer, data, ckpt_path=file, lr=0.04, momentum=0.5, **settings)
     (group,) = trainer.optimizers[0].param_groups
     assert group["momentum"] == 0.5
     assert group["lr"] == pytest.approx(0.04 * 0.9**3, rel=1e-12)  # 6 epochs, a step each second

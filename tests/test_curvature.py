@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Rows
+from conftest import Rows, fit
 
 from lightning_gd import LinearRegression, RidgeRegression
 from lightning_gd.curvature import Curvature, largest_eigenvalue, losses_along
@@ -150,17 +150,15 @@ def test_hessians_of_other_losses_are_refused():
         Curvature(torch.diag(torch.tensor([1.0, -1])))
 
 
-def fit(make_trainer, data, model=LinearRegression, **settings):
+def squares(make_trainer, data, model=LinearRegression, **settings):
     trainer = make_trainer(max_steps=1)
-    with trainer.init_module():
-        module = model(num_features=4, start="linear", **settings)
-    trainer.fit(module, datamodule=data)
+    module = fit(trainer, data, model, num_features=4, start="linear", **settings)
     return LeastSquares.of(trainer, module), module
 
 
 def test_lr_auto_is_one_over_the_largest_eigenvalue(make_trainer):
     x, y = table()
-    found, model = fit(make_trainer, Rows(x, y), lr="auto")
+    found, model = squares(make_trainer, Rows(x, y), lr="auto")
     ones = torch.cat([x, torch.ones(60, 1)], dim=1)
     largest = torch.linalg.eigvalsh(2 / 60 * ones.T @ ones)[-1].item()
     assert found is not None and model.hparams["lr"] == found.curvature.auto_lr
@@ -169,9 +167,9 @@ def test_lr_auto_is_one_over_the_largest_eigenvalue(make_trainer):
 
 def test_what_is_not_least_squares(make_trainer):
     x, y = table()
-    assert fit(make_trainer, Rows(x, y), RidgeRegression)[0] is None
-    assert fit(make_trainer, Rows(x, y.sign().long()))[0] is None
-    found, model = fit(make_trainer, Rows(x, y), bias=False)
+    assert squares(make_trainer, Rows(x, y), RidgeRegression)[0] is None
+    assert squares(make_trainer, Rows(x, y.sign().long()))[0] is None
+    found, model = squares(make_trainer, Rows(x, y), bias=False)
     assert found is not None and len(found.theta()) == 4
     model.bias.data.fill_(1)  # frozen, and part of every prediction
     assert LeastSquares.of(model.trainer, model) is None
@@ -179,4 +177,4 @@ def test_what_is_not_least_squares(make_trainer):
 
 def test_lr_auto_is_for_least_squares_alone(make_trainer):
     with pytest.raises(ValueError, match="Ridge.* is not least squares, or set --model.lr to a"):
-        fit(make_trainer, Rows(*table()), RidgeRegression, lr="auto")
+        squares(make_trainer, Rows(*table()), RidgeRegression, lr="auto")

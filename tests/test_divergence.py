@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run, trainer_words
+from conftest import fit, run, trainer_words
 
 from lightning_gd import CurvatureReport, LinearRegression, PointsData, RunCheckpoint
 from lightning_gd.settings import DivergenceError
@@ -36,10 +36,8 @@ def first_bad(lr, momentum, dtype: Any = np.float64, summed=True):
 
 
 def diverge(trainer, data, model=LinearRegression, **settings):
-    with trainer.init_module():
-        module = model(bias=False, **settings)
     with pytest.raises(DivergenceError) as error:
-        trainer.fit(module, datamodule=PointsData(x=X, y=Y, **data))
+        fit(trainer, PointsData(x=X, y=Y, **data), model, bias=False, **settings)
     return str(error.value)
 
 
@@ -66,8 +64,8 @@ def test_the_update_is_that_of_the_loop(make_trainer, capsys, way, lr, momentum,
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_just_below_the_largest_stable_rate_nothing_is_stopped(make_trainer, momentum):
     trainer, lr = make_trainer(max_steps=500), 0.99 * 2 * (1 + momentum) / STEEP
-    model = LinearRegression(bias=False, lr=lr, momentum=momentum).double()
-    trainer.fit(model, datamodule=PointsData(passes_per_epoch=500))
+    settings = {"bias": False, "lr": lr, "momentum": momentum}
+    model = fit(trainer, PointsData(passes_per_epoch=500), LinearRegression, **settings)
     assert trainer.global_step == 500 and abs(model.weight.item() - 2) < 1e-2
 
 

@@ -1,15 +1,12 @@
 """Every model in `lightning_gd/models`: its formulas, start values, names and metrics."""
 
 import math
-import shutil
 import typing
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Rows, find_models, normal
-from test_modes import MODES, train
+from conftest import Rows, normal
 
 import lightning_gd
 from lightning_gd import (
@@ -20,7 +17,6 @@ from lightning_gd import (
     ParityRegressor,
     RidgeRegression,
     check_gradients,
-    models,
 )
 
 
@@ -57,6 +53,7 @@ def test_the_formula_is_right_a_mean_and_only_reads(model_class):
     """`test_fuzz.py` compares it with autograd for random sizes and settings."""
     example, x, y = model_class.example_batch()
     assert type(example) is model_class, f"{model_class.__name__} needs its own example_batch"
+    assert model_class.__name__ in dir(lightning_gd)  # exported because it is there
     x, y = x.double(), y.double()
     for choices in each_choice(model_class):
         model = rebuild(example, **choices)
@@ -73,7 +70,7 @@ def test_the_formula_is_right_a_mean_and_only_reads(model_class):
         assert all(p.grad is None for p in model.parameters())
 
 
-# A fit in both modes, and its metrics
+# Metrics
 
 
 def random_rows(model_class):
@@ -81,20 +78,6 @@ def random_rows(model_class):
     example, x, y = model_class.example_batch()
     inputs, targets = normal(40, *x.shape[1:]), normal(40, seed=1) + 0.3
     return example, inputs, targets.sign() if is_class(y) else targets
-
-
-def test_both_modes_make_the_same_updates(model_class, make_trainer):
-    example, x, y = random_rows(model_class)
-    for choices in each_choice(model_class):
-        ends = []
-        for gradient in MODES:
-            model = rebuild(example, gradient=gradient, lr=0.05, momentum=0.9, **choices)
-            first = {name: p.detach().clone() for name, p in trained(model).items()}
-            train(make_trainer(max_steps=30), model, Rows(x, y, batch_size=16))
-            ends.append(model.state_dict())
-        assert all((ends[0][name] - first[name]).abs().max() > 1e-3 for name in first)
-        # 30 updates of order 0.1, each with rounding errors of order eps
-        torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-12)
 
 
 def test_metrics_are_those_of_numpy(model_class, make_trainer, monkeypatch):
@@ -125,32 +108,6 @@ def test_the_mean_squared_error_has_its_own_name_where_it_is_not_the_loss():
     for model in [*other, LinearRegression(), ParityMLP(4, 2)]:
         name = "mse" if model in other else "loss"
         assert [n for n in ("mse", "loss") if n in model.metrics()] == [name]
-
-
-# A model is one file
-
-LATER = """
-from lightning_gd.models.linear import LinearRegression
-
-class Later(LinearRegression):
-    @staticmethod
-    def example_batch():
-        model, x, y = LinearRegression.example_batch()
-        return Later(**model.hparams), x, y
-"""
-
-
-def test_a_model_is_one_file(tmp_path, monkeypatch):
-    """One more file in `models` is a name of the package, and found by these tests."""
-    package, folder = Path(lightning_gd.__file__).parent, tmp_path / "lightning_gd"
-    shutil.copytree(package, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(lightning_gd, "__file__", str(folder / "__init__.py"))
-    monkeypatch.setattr(lightning_gd, "_names", lightning_gd._names.__wrapped__)  # not cached
-    monkeypatch.setattr(models, "__path__", [*models.__path__, str(folder / "models")])
-    (folder / "models" / "later.py").write_text(LATER)
-    later = lightning_gd.Later
-    assert later in find_models() and "Later" in dir(lightning_gd)
-    assert check_gradients(*later.example_batch()).ok
 
 
 # Start values
@@ -216,19 +173,23 @@ def test_names_and_shapes():
 # What only some models promise
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.1, 10.0])
-def test_ridge_reaches_the_closed_form_solution(alpha, make_trainer):
-    x = normal(50, 5)
-    y = x.sum(1) + 3 + normal(50, seed=1)
-    model = RidgeRegression(alpha, num_features=5, lr=0.5 / (1.5 + alpha), momentum=0.5).double()
-    train(make_trainer(max_steps=300), model, Rows(x, y, passes_per_epoch=300))
-    centred = x - x.mean(0)
-    hessian = centred.T @ centred / len(x) + alpha * torch.eye(5, dtype=x.dtype)
-    weight = torch.linalg.solve(hessian, centred.T @ (y - y.mean()) / len(x))
-    # Each update shortens the error by a tenth at least: it ends in rounding.
-    torch.testing.assert_close(model.weight.detach(), weight, rtol=0, atol=1e-12)
-    bias = y.mean() - x.mean(0) @ weight  # not drawn to 0 by alpha
-    torch.testing.assert_close(model.bias.detach(), bias, rtol=0, atol=1e-12)
+LOSSES = {  # of scores s and targets y
+    "squared": lambda s, y: (s - y).square().mean(),
+    "logistic": lambda s, y: (-y * s).exp().log1p().mean(),
+}
+
+
+@pytest.mark.parametrize("cls", [*STARTS, LogisticParity])
+def test_scores_and_losses_of_the_linear_models(cls):
+    example, x, y = cls.example_batch()
+    model, x, y = rebuild(example, start="linear"), x.double(), y.double()
+    scores = x @ model.weight + model.bias
+    expected = LOSSES["logistic" if cls is LogisticParity else "squared"](scores, y)
+    if cls is RidgeRegression:
+        expected = expected + model.hparams["alpha"] * model.weight.square().sum()
+        assert model.hparams["alpha"] > 0
+    torch.testing.assert_close(model(x), scores)
+    torch.testing.assert_close(model.loss(x, y), expected)
 
 
 @pytest.mark.parametrize("score", [-1e300, -1e5, -800, -40, -1, 0, 1, 19, 21, 36, 40, 700])
@@ -250,9 +211,8 @@ def test_the_network_and_its_loss(activation, loss):
     model, x, y = ParityMLP.example_batch(activation=activation, loss=loss)
     hidden = getattr(torch, activation)(x @ model.hidden_weight.T + model.hidden_bias)
     scores = hidden @ model.weight + model.bias
-    losses = (scores - y).square() if loss == "squared" else (-y * scores).exp().log1p()
     torch.testing.assert_close(model(x), scores)
-    torch.testing.assert_close(model.loss(x, y), losses.mean())
+    torch.testing.assert_close(model.loss(x, y), LOSSES[loss](scores, y))
 
 
 def test_the_network_stands_extreme_scores_and_does_not_learn_from_zeros():

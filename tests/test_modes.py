@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RandomRows, Rows, normal
+from conftest import RandomRows, Rows, line, normal
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader
@@ -32,10 +32,6 @@ def train(trainer, model, data, **where):
     trainer.fit(model.double(), data, **where)
     assert trainer.max_steps in (-1, trainer.global_step)
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-
-def line(**settings):
-    return LinearRegression(num_features=3, start="uniform", **{"lr": 0.02, **settings})
 
 
 SETTINGS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import mpmath  # comes with torch
 import pytest
 import torch
-from conftest import run
+from conftest import fit, run
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_gd import LinearRegression
@@ -67,15 +67,12 @@ def solution(x, y):
         return torch.tensor([float(value) for value in theta], dtype=torch.float64)
 
 
-def fit(make_trainer, data, tmp_path, steps, **settings):
+def fitted(make_trainer, data, tmp_path, steps, **settings):
     """Fit with the callback `Coefficients`; return the rows of its file."""
-    trainer = make_trainer(
-        max_steps=steps, logger=CSVLogger(tmp_path, "run"), callbacks=[Coefficients()]
-    )
-    with trainer.init_module():
-        model = LinearRegression(num_features=data.num_features, **settings)
-    trainer.fit(model, datamodule=data)
-    with (Path(trainer.logger.log_dir) / "coefficients.csv").open() as file:
+    logger = CSVLogger(tmp_path, "run")
+    trainer = make_trainer(max_steps=steps, logger=logger, callbacks=[Coefficients()])
+    fit(trainer, data, LinearRegression, num_features=data.num_features, **settings)
+    with (Path(logger.log_dir) / "coefficients.csv").open() as file:
         return list(csv.DictReader(file))
 
 
@@ -202,7 +199,7 @@ def test_the_exact_solution_of_near_copies_has_its_digits(tmp_path, spread):
 
 def test_a_fit_reaches_what_nist_certifies(make_trainer, tmp_path, capsys):
     data = TableData(test_fraction=0.0, passes_per_epoch=5000, updates_per_step=500)
-    rows = fit(make_trainer, data, tmp_path, 5000, lr="auto", momentum=0.99)
+    rows = fitted(make_trainer, data, tmp_path, 5000, lr="auto", momentum=0.99)
     assert [row["term"] for row in rows] == [*data.features, "intercept"]
     reached = [float(row["coefficient"]) for row in rows]
     # Momentum 0.99 leaves √0.99 of each error per update: 1e-11 after 5,000.
@@ -215,7 +212,7 @@ def test_a_fit_reaches_what_nist_certifies(make_trainer, tmp_path, capsys):
 
 def test_a_fit_says_how_far_it_is(make_trainer, tmp_path, capsys):
     data = TableData(near_copy(tmp_path / "t.csv", 1e-2), "y", passes_per_epoch=300)
-    rows = fit(make_trainer, data, tmp_path, 300, lr=0.2)
+    rows = fitted(make_trainer, data, tmp_path, 300, lr=0.2)
     found = re.search(
         r"([\d.]+) of the largest coefficient away from the exact solution after 300 updates: "
         r"the condition number is ([\d.e+]+)",
@@ -236,7 +233,7 @@ def test_a_fit_says_how_far_it_is(make_trainer, tmp_path, capsys):
 def test_a_copied_and_a_constant_column_are_named(make_trainer, table, tmp_path, capsys):
     text = "a,twice,c,y\n" + "".join(f"{i},{2 * i},7,{i * i}\n" for i in range(10))
     data = TableData(table(text).path, "y", test_fraction=0.0, passes_per_epoch=400)
-    rows = fit(make_trainer, data, tmp_path, 400, lr=0.2)
+    rows = fitted(make_trainer, data, tmp_path, 400, lr=0.2)
     printed = capsys.readouterr().out
     assert "c is constant in the training rows: its scale is taken as 1" in printed
     assert "1 of the columns follow from the others" in printed
@@ -248,13 +245,13 @@ def test_a_copied_and_a_constant_column_are_named(make_trainer, table, tmp_path,
 
 def test_a_rate_that_is_too_large_and_float32_are_named(make_trainer, tmp_path, capsys):
     data = TableData(test_fraction=0.0, passes_per_epoch=20)
-    fit(make_trainer, data, tmp_path, 20, lr=1.0)
+    fitted(make_trainer, data, tmp_path, 20, lr=1.0)
     printed = capsys.readouterr().out
     # 2/λmax of Longley's standardised columns, whose λmax is 9.2068.
     assert "the fit diverged: lr 1 is too large; the largest stable rate of" in printed
     assert "batch is 0.2172, and 0.1086 is safe" in printed
     trainer = make_trainer(max_steps=10, precision="32-true", callbacks=[Coefficients()])
-    trainer.fit(LinearRegression(num_features=6, lr=0.1), datamodule=data)
+    fit(trainer, data, LinearRegression, num_features=6, lr=0.1)
     assert "give --trainer.precision 64-true" in capsys.readouterr().out
 
 
@@ -280,9 +277,7 @@ def test_a_checkpoint_brings_its_statistics_along(table):
 
 def test_predictions_are_written_in_the_units_of_the_table(make_trainer, tmp_path):
     trainer, data = make_trainer(max_steps=50), TableData(passes_per_epoch=50)
-    with trainer.init_module():
-        model = LinearRegression(num_features=6, lr=0.1)
-    trainer.fit(model, datamodule=data)
+    model = fit(trainer, data, LinearRegression, num_features=6, lr=0.1)
     coefficients = data.coefficients(model.weight, model.bias)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     header, *_ = LONGLEY.read_text().splitlines()
@@ -291,8 +286,7 @@ def test_predictions_are_written_in_the_units_of_the_table(make_trainer, tmp_pat
     for path, rows in ((LONGLEY, 3), (new, 1)):
         trainer = make_trainer(logger=CSVLogger(tmp_path, "run"), callbacks=[Predictions()])
         again = TableData(test_path=None if path == LONGLEY else str(path))
-        with trainer.init_module():
-            other = LinearRegression(num_features=6)
+        other = LinearRegression(num_features=6)
         trainer.predict(other, None, again, ckpt_path=tmp_path / "end.ckpt", weights_only=True)
         with (Path(trainer.logger.log_dir) / "predictions.csv").open() as file:
             written = list(csv.DictReader(file))

@@ -3,28 +3,22 @@
 import itertools
 from enum import Enum
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pandas
 import pytest
 import torch
-from conftest import RandomRows, Rows, normal
+from conftest import RandomRows, Rows, fit, line, normal
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from test_modes import CLOSE, MODES, SETTINGS, line
+from test_modes import CLOSE, MODES, SETTINGS
 
 from lightning_gd import LinearRegression, PointsData, TestCurve
 from lightning_gd.configured import UNUSED
 from lightning_gd.settings import check_trainer
 
 FOUR = {"batch_size": 5, "num_val": 3}  # 4 batches per epoch, and validation
-
-
-def fit(trainer, data=None, ckpt_path=None, **settings):
-    model = line(**settings)  # in float32: the Trainer makes it a model in float64
-    trainer.fit(model, datamodule=RandomRows(**(data or {"batch_size": 8})), ckpt_path=ckpt_path)
-    return model
 
 
 class Seen(Callback):
@@ -122,7 +116,7 @@ def test_the_loss_of_several_validation_loaders_is_over_all_their_rows(make_trai
     parts = [Rows(normal(n, 3, seed=n), normal(n, seed=2 * n)) for n in sizes]
     for part in parts:
         part.setup("test")
-    model, trainer = line().double(), make_trainer(max_steps=3, limit_train_batches=3)
+    model, trainer = line(), make_trainer(max_steps=3, limit_train_batches=3)
     trainer.fit(model, parts[0].test_dataloader(), [part.test_dataloader() for part in parts])
     x, y = (torch.cat([getattr(part.rows, name) for part in parts]) for name in ("x", "y"))
     expected = pytest.approx(model.loss(x, y).item(), rel=1e-13)
@@ -145,11 +139,10 @@ def test_hooks_of_a_model_need_no_super(make_trainer, tmp_path, gradient):
     called, ends = [], []
     hooks = {name: lambda *_, name=name, **__: called.append(name) for name in HOOKS}
     for cls in (LinearRegression, type("Own", (LinearRegression,), hooks)):
-        first, second = (cls(**settings).double() for _ in range(2))
         trainer, file = make_trainer(max_steps=6), tmp_path / f"{cls.__name__}.ckpt"
-        trainer.fit(first, datamodule=RandomRows(**FOUR))
+        first = fit(trainer, FOUR, cls, **settings)
         trainer.save_checkpoint(file)
-        make_trainer(max_steps=13).fit(second, datamodule=RandomRows(**FOUR), ckpt_path=file)
+        second = fit(make_trainer(max_steps=13), FOUR, cls, ckpt_path=file, **settings)
         ends.append((first.curves.history, second.curves.history, second.state_dict()))
     assert set(called) == set(HOOKS)
     assert repr(ends[0]) == repr(ends[1]) and len(ends[0][1]["train/loss"][0]) == 7
@@ -186,7 +179,7 @@ def test_a_stopped_run_resumes_to_the_bit(make_trainer, tmp_path, modes, schedul
         fit(trainer, {**FOUR, "updates_per_step": before}, gradient=modes[0], **settings)
         trainer.save_checkpoint(file)
         data = {**FOUR, "updates_per_step": after}
-        resumed = fit(make_trainer(**bound), data, file, gradient=modes[1], **settings)
+        resumed = fit(make_trainer(**bound), data, ckpt_path=file, gradient=modes[1], **settings)
         same_from(stop, resumed, whole, **close)
 
 
@@ -204,9 +197,9 @@ class Shrinking(LinearRegression):
 
 
 def test_a_recorded_norm_is_that_before_the_update(make_trainer):
-    model = Shrinking(num_features=3, lr=0.5, weight=[2.0, 1.0, 2.0])
-    data = RandomRows(passes_per_epoch=8, updates_per_step=8)
-    make_trainer(max_steps=8).fit(model.double(), datamodule=data)
+    settings = {"num_features": 3, "lr": 0.5, "weight": [2.0, 1.0, 2.0]}
+    data = {"passes_per_epoch": 8, "updates_per_step": 8}
+    model = fit(make_trainer(max_steps=8), data, Shrinking, **settings)
     assert model.curves.history["gradient_norm"][1] == [3 * 0.5**k for k in range(8)]
 
 
@@ -222,9 +215,9 @@ def test_test_losses_of_a_step_are_computed_together(make_trainer, kind):
     """They are those of one update per step, whether the loss takes stacked weights or not."""
     curves = {}
     for updates in (1, 4, 100):
-        data = RandomRows(passes_per_epoch=150, updates_per_step=updates)
-        model = kind(num_features=3, lr=0.02).double()
-        make_trainer(max_steps=150, callbacks=[TestCurve()]).fit(model, datamodule=data)
+        data = {"passes_per_epoch": 150, "updates_per_step": updates}
+        trainer = make_trainer(max_steps=150, callbacks=[TestCurve()])
+        model = fit(trainer, data, kind, num_features=3, lr=0.02)
         curves[updates] = model.curves.history["test/loss"]
     steps, losses = curves[1]
     assert steps == list(range(150)) and losses[149] < losses[0]
@@ -249,6 +242,10 @@ def test_learning_rate_monitor_sees_every_update(make_trainer, tmp_path):
 class Scheduled(LinearRegression):
     """Configures its own optimizer: a schedule every third update, a plateau by epoch."""
 
+    def __init__(self, plateau: bool, **settings):
+        super().__init__(**settings)
+        self.plateau = plateau
+
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=0.02)
         if self.plateau:
@@ -268,10 +265,8 @@ def test_a_schedule_of_the_models_own_is_honoured(make_trainer, plateau):
     """A falling loss is no progress for mode "max": the rate halves from the second epoch on."""
     rates = []
     for gradient in MODES:
-        model = Scheduled(num_features=3, gradient=gradient).double()
-        model.plateau = plateau
-        trainer = make_trainer(max_epochs=4)
-        trainer.fit(model, datamodule=RandomRows(**FOUR, updates_per_step=2))
+        trainer, data = make_trainer(max_epochs=4), {**FOUR, "updates_per_step": 2}
+        fit(trainer, data, Scheduled, plateau=plateau, num_features=3, gradient=gradient)
         rates.append(trainer.optimizers[0].param_groups[0]["lr"])
     expected = 0.02 * 0.5 ** (3 if plateau else 4)  # the third of 4 updates in each epoch
     assert rates == pytest.approx([expected, expected])
@@ -291,7 +286,7 @@ class Typed(LinearRegression):
 def test_settings_without_a_plain_form_are_asked_for(make_trainer, tmp_path):
     """They are not replaced by their defaults in silence; a tuple stays a tuple."""
     trainer, path = make_trainer(max_steps=1), tmp_path / "typed.ckpt"
-    trainer.fit(Typed(Shade.DARK, (3, 4)), datamodule=PointsData())
+    fit(trainer, PointsData(), Typed, shade=Shade.DARK, size=(3, 4))
     trainer.save_checkpoint(path)
     with pytest.raises(ValueError, match="does not hold shade of Typed.*shade="):
         Typed.load_from_checkpoint(path)
@@ -306,7 +301,7 @@ def test_settings_without_a_plain_form_are_asked_for(make_trainer, tmp_path):
 def test_a_hook_that_explicit_mode_does_not_call_is_refused(make_trainer, hook):
     kind = type("Hooked", (LinearRegression,), {hook: lambda *args, **named: None})
     with pytest.raises(ValueError, match=f"Hooked overrides {hook}"):
-        make_trainer(max_steps=1).fit(kind(), datamodule=PointsData())
+        fit(make_trainer(max_steps=1), PointsData(), kind)
 
 
 def test_accumulation_by_the_model_is_for_explicit_mode(make_trainer):
@@ -317,6 +312,11 @@ def test_accumulation_by_the_model_is_for_explicit_mode(make_trainer):
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
 def test_strategies_of_other_machines_are_refused_by_name(name):
-    given = {"strategy": type(name, (), {})(), "precision": "32-true", "gradient_clip_val": None}
+    given: Any = {
+        "strategy": type(name, (), {})(),
+        "precision": "32-true",
+        "gradient_clip_val": None,
+    }
+    given["accumulate_grad_batches"] = 1
     with pytest.raises(ValueError, match=name):
-        check_trainer(SimpleNamespace(**given, accumulate_grad_batches=1), line().hparams)
+        check_trainer(cast(Any, SimpleNamespace(**given)), line().hparams)
