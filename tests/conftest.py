@@ -167,6 +167,11 @@ def line(**settings):
     return LinearRegression(**{"num_features": 3, "start": "uniform", "lr": 0.02, **settings})
 
 
+def scheduled(name, interval="epoch", **args):
+    """Settings of a scheduler."""
+    return {"scheduler": name, "scheduler_args": args, "scheduler_interval": interval}
+
+
 def fit(trainer, data: Any = None, kind: Any = line, ckpt_path=None, **settings) -> Any:
     """The model that the Trainer has trained, on mini-batches of 8 if no data are given."""
     if not isinstance(data, TensorDataModule):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RandomRows, counted, curves_in, line, plain, run, trainer_words
+from conftest import RandomRows, counted, curves_in, line, plain, run, scheduled, trainer_words
 from conftest import fit as train
 
 import lightning_gd
@@ -219,8 +219,8 @@ def test_a_full_disk_leaves_the_last_good_file(tmp_path, make_trainer):
 
 # Continuing in the same process, from every checkpoint that a run writes
 
-STEP = {"scheduler": "StepLR", "scheduler_args": {"step_size": 2, "gamma": 0.9}}
-PLATEAU = {"scheduler": "ReduceLROnPlateau", "scheduler_args": {"patience": 0, "factor": 0.5}}
+STEP = scheduled("StepLR", step_size=2, gamma=0.9)
+PLATEAU = scheduled("ReduceLROnPlateau", patience=0, factor=0.5)
 BY_UPDATE = {**PLATEAU, "scheduler_interval": "update"}
 VALIDATED = {"batch_size": 5, "num_val": 3}  # 4 batches an epoch
 HALVES = {"batch_size": 2, "num_val": 3}

@@ -166,12 +166,6 @@ def test_a_bad_download_leaves_nothing_and_the_next_mirror_is_tried(
     assert len(load(root)["train"]) == 30
 
 
-def test_an_unreachable_mirror(small, mirrors, tmp_path):
-    mirrors(small, "good").server_close()
-    with pytest.raises(ConnectionError, match="could not be downloaded into .*data.*offline"):
-        load(tmp_path / "data")
-
-
 def test_a_good_download(small, mirrors, tmp_path):
     mirrors(small, "good")
     raw = written(tmp_path, {"train-images-idx3-ubyte": b"half", "train-labels.gz": b"half"})
@@ -184,9 +178,12 @@ def test_a_good_download(small, mirrors, tmp_path):
     assert Mirror.asked == []
 
 
-def test_a_download_into_a_file(small, mirrors, tmp_path):
-    mirrors(small, "good")
+def test_a_file_in_the_way_and_an_unreachable_mirror(small, mirrors, tmp_path):
+    server = mirrors(small, "good")
     (tmp_path / "data").write_text("mine")
     with pytest.raises(ConnectionError, match="data"):
         load(tmp_path / "data")
     assert (tmp_path / "data").read_text() == "mine"
+    server.server_close()
+    with pytest.raises(ConnectionError, match="could not be downloaded into .*other.*offline"):
+        load(tmp_path / "other")

@@ -73,17 +73,11 @@ def test_the_formula_is_right_a_mean_and_only_reads(model_class):
 # Metrics
 
 
-def random_rows(model_class):
-    """40 rows that fit the example of a model."""
-    example, x, y = model_class.example_batch()
-    inputs, targets = normal(40, *x.shape[1:]), normal(40, seed=1) + 0.3
-    return example, inputs, targets.sign() if is_class(y) else targets
-
-
 def test_metrics_are_those_of_numpy(model_class, make_trainer, monkeypatch):
     monkeypatch.setattr("lightning_gd.data.tensors.EVALUATION_ROWS", 7)  # several, uneven batches
-    example, x, targets = random_rows(model_class)
-    model = rebuild(example)
+    example, x, y = model_class.example_batch()
+    model, x, targets = rebuild(example), normal(40, *x.shape[1:]), normal(40, seed=1) + 0.3
+    targets = targets.sign() if is_class(y) else targets
     (found,) = make_trainer().test(model, datamodule=Rows(x, targets), verbose=False)
     scores, y = model(x).detach().numpy(), targets.numpy()
     odd, called = y > 0, scores > 0

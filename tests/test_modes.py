@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RandomRows, Rows, line, normal
+from conftest import RandomRows, Rows, line, normal, scheduled
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader
@@ -42,44 +42,24 @@ SETTINGS = {
     "adam": {"optimizer": "Adam"},
     "frozen bias": {"bias": False},
     "nesterov": {"momentum": 0.9, "optimizer_args": {"nesterov": True}},
-    "schedule by update": {
-        "scheduler": "StepLR",
-        "scheduler_args": {"step_size": 7, "gamma": 0.7},
-        "scheduler_interval": "update",
-    },
-    "schedule by epoch": {
-        "scheduler": "ExponentialLR",
-        "scheduler_args": {"gamma": 0.8},
-        "momentum": 0.3,
-    },
-    "plateau": {
-        "scheduler": "ReduceLROnPlateau",
-        "scheduler_args": {"patience": 0, "threshold": 0.9, "factor": 0.5},
-    },
-    "plateau by update": {
-        "scheduler": "ReduceLROnPlateau",
-        "scheduler_args": {"patience": 3, "threshold": 0.9, "factor": 0.7},
-        "scheduler_interval": "update",
-    },
+    "schedule by update": scheduled("StepLR", "update", step_size=7, gamma=0.7),
+    "schedule by epoch": {"momentum": 0.3, **scheduled("ExponentialLR", gamma=0.8)},
+    "plateau": scheduled("ReduceLROnPlateau", patience=0, threshold=0.9, factor=0.5),
+    "plateau by update": scheduled(
+        "ReduceLROnPlateau", "update", patience=3, threshold=0.9, factor=0.7
+    ),
 }
 DATA = {
     "full batch": {"passes_per_epoch": 20},
     "mini-batches": {"batch_size": 8},
     "validation": {"batch_size": 5, "num_val": 4},
 }
-
-
-SCHEDULED = (
-    "plain",
-    "schedule by epoch",
-    "plateau",
-    "plateau by update",
-)  # of the losses of an epoch
+SHAPED = {name for name in SETTINGS if "plat" in name or "epoch" in name}  # by where epochs end
 
 
 @pytest.mark.parametrize(
     "name, data",
-    [(name, data) for name in SETTINGS for data in DATA if name in SCHEDULED or "val" not in data],
+    [(name, data) for name in SETTINGS for data in DATA if name in SHAPED or data != "validation"],
 )
 def test_modes_and_updates_per_step_make_the_same_updates(make_trainer, name, data):
     """59 updates end inside a step and inside an epoch."""

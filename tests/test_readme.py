@@ -88,10 +88,3 @@ def test_python_prints_what_the_readme_says(folder):
     printed = next(t for language, t in BLOCKS if not language and t.startswith("learnt"))
     done = run([sys.executable, "-W", "ignore", "-c", text], folder)
     assert printed in done.stdout
-
-
-def test_two_commands_are_all_the_set_up():
-    assert SET_UP == [
-        "python -m pip install -e . && python scripts/train.py",
-        'python -m pip install -e ".[test]" && python -m pytest',
-    ]

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pandas
 import pytest
 import torch
-from conftest import RandomRows, Rows, fit, line, normal
+from conftest import RandomRows, Rows, fit, line, normal, scheduled
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -134,7 +134,7 @@ HOOKS = (
 
 @pytest.mark.parametrize("gradient", MODES)
 def test_hooks_of_a_model_need_no_super(make_trainer, tmp_path, gradient):
-    plateau = {"scheduler": "ReduceLROnPlateau", "scheduler_args": {"patience": 0}}
+    plateau = scheduled("ReduceLROnPlateau", patience=0)
     settings: Any = {"num_features": 3, "gradient": gradient, "lr": 0.01, **plateau}
     called, ends = [], []
     hooks = {name: lambda *_, name=name, **__: called.append(name) for name in HOOKS}
@@ -228,9 +228,8 @@ def test_test_losses_of_a_step_are_computed_together(make_trainer, kind):
 
 def test_learning_rate_monitor_sees_every_update(make_trainer, tmp_path):
     monitor, logger = LearningRateMonitor(logging_interval="step"), CSVLogger(tmp_path)
-    args = {"scheduler_args": {"step_size": 1, "gamma": 0.5}, "scheduler_interval": "update"}
     trainer = make_trainer(max_steps=6, logger=logger, callbacks=[monitor])
-    model = fit(trainer, scheduler="StepLR", **args)
+    model = fit(trainer, **scheduled("StepLR", "update", step_size=1, gamma=0.5))
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 0.5**6)
     written = pandas.read_csv(f"{logger.log_dir}/metrics.csv").set_index("step")
     rates = [0.02 * 0.5**k for k in range(6)]
