@@ -57,10 +57,17 @@ def trainer_words(**settings):
     return [str(word) for name in typed for word in (f"--trainer.{name}", typed[name])]
 
 
-def process(*words, **env):
+def process(*words, cwd=None, **env):
     """A real process of Python, and what came of it."""
     words, env = [sys.executable, *map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=env)
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=cwd, env=env)
+
+
+def good_process(*words, **settings):
+    """A process that must succeed; its output is shown where it fails."""
+    done = process(*words, **settings)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
 
 
 def events_in(folder):
