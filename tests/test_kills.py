@@ -133,7 +133,8 @@ def survive_two_kills(case, seed):
 
 
 def test_killed_at_a_random_moment(forge, tmp_path):
-    survive_two_kills(Case(forge, *CASES["mini-batches"], tmp_path), seed=1)
+    typed, world = CASES["mini-batches"]
+    survive_two_kills(Case(forge, f"{typed} --trainer.max_epochs 12", world, tmp_path), seed=1)
 
 
 @pytest.mark.slow
