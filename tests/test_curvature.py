@@ -114,6 +114,8 @@ def test_reports():
         "above the optimum by 0.5625",
         "1 % of the loss above the optimum is left after 9 updates",  # 0.75^18 = 0.0056
     ]
+    with pytest.raises(ValueError, match=r"lie in \[-1, 1\]; that of a least-squares loss has no"):
+        Curvature(torch.diag(torch.tensor([1.0, -1])))
     for lr, momentum, words in [
         (0.4, 0.0, "by 0.6 and the loss above the optimum by 0.36; the steepest part changes sign"),
         (1e-5, 0.0, "slowly along the flattest direction: halving the error there takes 6.9e+04"),
@@ -145,11 +147,6 @@ def test_lanczos_on_low_rank_zero_and_bad_products(monkeypatch):
         largest_eigenvalue(lambda v: torch.arange(20) * v, u)
 
 
-def test_hessians_of_other_losses_are_refused():
-    with pytest.raises(ValueError, match=r"lie in \[-1, 1\]; that of a least-squares loss has no"):
-        Curvature(torch.diag(torch.tensor([1.0, -1])))
-
-
 def squares(make_trainer, data, model=LinearRegression, **settings):
     trainer = make_trainer(max_steps=1)
     module = fit(trainer, data, model, num_features=4, start="linear", **settings)
@@ -158,11 +155,13 @@ def squares(make_trainer, data, model=LinearRegression, **settings):
 
 def test_lr_auto_is_one_over_the_largest_eigenvalue(make_trainer):
     x, y = table()
-    found, model = squares(make_trainer, Rows(x, y), lr="auto")
+    _, model = squares(make_trainer, Rows(x, y), lr="auto")
     ones = torch.cat([x, torch.ones(60, 1)], dim=1)
     largest = torch.linalg.eigvalsh(2 / 60 * ones.T @ ones)[-1].item()
-    assert found is not None and model.hparams["lr"] == found.curvature.auto_lr
-    assert model.hparams_initial["lr"] == pytest.approx(1 / largest, rel=1e-12)
+    for settings in (model.hparams, model.hparams_initial):
+        assert settings["lr"] == pytest.approx(1 / largest, rel=1e-12)
+    with pytest.raises(ValueError, match="Ridge.* is not least squares, or set --model.lr to a"):
+        squares(make_trainer, Rows(x, y), RidgeRegression, lr="auto")
 
 
 def test_what_is_not_least_squares(make_trainer):
@@ -173,8 +172,3 @@ def test_what_is_not_least_squares(make_trainer):
     assert found is not None and len(found.theta()) == 4
     model.bias.data.fill_(1)  # frozen, and part of every prediction
     assert LeastSquares.of(model.trainer, model) is None
-
-
-def test_lr_auto_is_for_least_squares_alone(make_trainer):
-    with pytest.raises(ValueError, match="Ridge.* is not least squares, or set --model.lr to a"):
-        squares(make_trainer, Rows(*table()), RidgeRegression, lr="auto")

@@ -137,10 +137,9 @@ def test_random_starts_have_the_named_distribution(start):
     # Kolmogorov and Smirnov: the distance from uniform exceeds 1.95/√n once in 1,000 seeds.
     steps = torch.arange(1, count + 1).double() / count
     assert (places - steps).abs().max() < 1.95 / math.sqrt(count)
-    if start == "linear":  # the same bound as nn.Linear's, for the bias too
+    if start == "linear":  # nn.Linear's, for the bias too
         drawn = [LinearRegression(start="linear", start_seed=s).bias.item() for s in range(50)]
-        reference = torch.nn.Linear(count, 1).weight.detach()
-        assert reference.abs().max() <= high and 0.8 < max(map(abs, drawn)) <= 1
+        assert 0.8 < max(map(abs, drawn)) <= 1
 
 
 @pytest.mark.parametrize("activation, gain", [("relu", math.sqrt(2)), ("tanh", 5 / 3)])
@@ -165,7 +164,6 @@ def test_names_and_shapes():
 
 
 # What only some models promise
-
 
 LOSSES = {  # of scores s and targets y
     "squared": lambda s, y: (s - y).square().mean(),
