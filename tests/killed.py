@@ -56,6 +56,7 @@ class Forge:
         log.touch()
         phase.write_bytes(b"\0")
         how = {"log": str(log), "phase": str(phase), "port": free_port(), "die": die}
+        how["folder"] = os.getcwd()
         return {"log": log, "phase": phase, "pids": self._ask(argv=argv, world=world, **how)}
 
     def wait(self, run):
@@ -115,12 +116,13 @@ def fork(main, request, rank):
     sys.exit(code)  # all the way through the end of the interpreter, as a script does
 
 
-def become(rank, world, log, phase, port, die, **_):
+def become(rank, world, folder, log, phase, port, die, **_):
     """Write to the log, and be process `rank` of a world as torchrun starts it."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(0)
+    os.chdir(folder)
     if world > 1:
         from lightning.pytorch.utilities import rank_zero_only
 

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import bad_inputs
 import pytest
-from conftest import counted
-from test_cli import LIGHTNINGS, SCRIPT, process, run
+from conftest import SCRIPT, counted, process, run
 from test_mnist_files import small_files
 
 from lightning_gd.cli import VERBS
 from lightning_gd.data import mnist
 
-pytestmark = pytest.mark.filterwarnings(LIGHTNINGS)
 ANSWERED = "bad inputs answered"
 MOST_LINES = 3
 QUIET = ["--trainer.max_steps", "3", "--trainer.enable_progress_bar", "false"]
@@ -91,16 +89,12 @@ PROCESSES = {
 }
 
 
-def answer(words, **env):
-    done = process(SCRIPT, *command(words), OMP_NUM_THREADS="1", **env)
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.mark.parametrize("words, status, message", PROCESSES.values(), ids=PROCESSES)
-def test_as_processes(folder, words, status, message):
+def test_as_processes(forge, folder, words, status, message):
     before = contents(folder)
     with counted(ANSWERED):
-        assert_answered(answer(words), status, message)
+        (code,), output = forge.run(command(words))
+        assert_answered((code, "", output), status, message)
         after = contents(folder)
         assert {file: after[file] for file in before} == before
 
@@ -109,7 +103,9 @@ def test_a_port_in_use(folder):
     many = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
     with socket.create_server(("127.0.0.1", 0)) as server, counted(ANSWERED):
         port = str(server.getsockname()[1])
-        assert_answered(answer(many, MASTER_PORT=port), 1, f"port: {port}.*address already in use")
+        done = process(SCRIPT, *command(many), MASTER_PORT=port)
+        found = done.returncode, done.stdout, done.stderr
+        assert_answered(found, 1, f"port: {port}.*address already in use")
         assert not list(Path("logs").rglob("*.ckpt"))
 
 

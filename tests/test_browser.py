@@ -11,15 +11,13 @@ from urllib.request import urlopen
 
 import aiohttp
 import pytest
+from conftest import events_in, run, trainer_words
 from matplotlib.image import imread
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_cli import LIGHTNINGS, run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM, reason="no browser: chromium is not on the PATH"),
-    pytest.mark.filterwarnings(LIGHTNINGS),
 ]
 QUIET = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
@@ -82,8 +80,7 @@ def logs(tmp_path_factory):
     """The folder of two runs, one in each mode."""
     folder = tmp_path_factory.mktemp("logs")
     for name in ("parity", "parity_autograd"):
-        options = {"max_steps": UPDATES, "default_root_dir": folder, "enable_progress_bar": "false"}
-        words = [w for option, value in options.items() for w in (f"--trainer.{option}", value)]
+        words = trainer_words(max_steps=UPDATES, default_root_dir=folder)
         status, _, err = run("--config", name, *words)
         assert status == 0, err
     return folder
@@ -173,7 +170,7 @@ def test_a_row_of_hyperparameters_with_the_final_metrics(browser, logs):
     for name in RUNS:
         first = cells.index(name)
         row = dict(zip(columns, cells[first : first + len(columns)], strict=True))
-        events = EventAccumulator(str(logs / name), {"scalars": 0}).Reload()
+        events = events_in(logs / name)
         for tag in ("train/loss", "test/loss", "test/accuracy"):
             last = events.Scalars(tag)[-1].value
             assert float(row[tag]) == pytest.approx(last, rel=1e-4)  # five digits are shown

@@ -8,42 +8,30 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import RandomRows, events_in, fit
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_gd import GradientDescentModule, LinearRegression, PointsData, TableData
-from lightning_gd.batch import as_batch
-from lightning_gd.callbacks.coefficients import Coefficients
-from lightning_gd.callbacks.curvature_report import CurvatureReport
-from lightning_gd.callbacks.end_table import EndTable
-from lightning_gd.callbacks.gradient_check import GradientCheck
-from lightning_gd.callbacks.histograms import WeightHistograms
-from lightning_gd.callbacks.pictures import Pictures
-from lightning_gd.callbacks.predictions import Predictions
-from lightning_gd.callbacks.progress import UpdateProgressBar
-from lightning_gd.callbacks.test_curve import TestCurve
-from lightning_gd.data.tensors import Table, TensorDataModule
-from lightning_gd.logger import RunLogger
+from lightning_gd import (
+    Coefficients,
+    CurvatureReport,
+    EndTable,
+    GradientCheck,
+    GradientDescentModule,
+    LinearRegression,
+    Pictures,
+    Predictions,
+    RunLogger,
+    TableData,
+    TestCurve,
+    UpdateProgressBar,
+    WeightHistograms,
+    as_batch,
+)
 
 FOLDER = "a folder [bold]with brackets[/bold] and a name that is longer than a terminal is wide"
-
-
-class Rows(TensorDataModule):
-    """23 rows with 3 features; noisy targets, or class numbers."""
-
-    def __init__(self, classes=False, **kwargs):
-        super().__init__(**kwargs)
-        self.classes = classes
-
-    def load(self):
-        generator = torch.Generator().manual_seed(3)
-        x, noise = torch.randn(23, 4, generator=generator, dtype=torch.float64).split([3, 1], 1)
-        y = x @ x.new_tensor([1.0, -2.0, 0.5]) + 0.3 + 0.1 * noise[:, 0]
-        y = (y > 0).long() if self.classes else y
-        return {"train": Table(x, y), "test": Table(x[:7], y[:7])}
 
 
 class Softmax(GradientDescentModule):
@@ -73,19 +61,11 @@ class Foreign(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(trainer, data, **settings: Any) -> Any:
-    settings = {"num_features": 3, "start": "uniform", "lr": 0.02, **settings}
-    with trainer.init_module():
-        model = LinearRegression(**settings)
-    trainer.fit(model, datamodule=data)
-    return model
-
-
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("moments", [False, True])
 def test_the_predicted_curves_are_the_measured_ones(make_trainer, momentum, moments):
     trainer = make_trainer(max_steps=100, callbacks=[CurvatureReport(), TestCurve()])
-    data = Rows(passes_per_epoch=100, moments=moments, updates_per_step=10)
+    data = RandomRows(passes_per_epoch=100, moments=moments, updates_per_step=10)
     history = fit(trainer, data, momentum=momentum).curves.history
     for part in ("train", "test"):
         steps, measured = history[f"{part}/loss"]
@@ -97,19 +77,10 @@ def test_the_predicted_curves_are_the_measured_ones(make_trainer, momentum, mome
     assert optimum <= min(history["train/loss"][1])
 
 
-def test_a_rate_that_diverges_is_named(make_trainer, capsys):
-    trainer = make_trainer(max_steps=2, callbacks=[CurvatureReport()])
-    model = fit(trainer, PointsData(x=[5.0], y=[1.0]), num_features=1, bias=False, lr=0.1)
-    said = capsys.readouterr().out.replace("\n", " ")
-    assert "each update multiplies the error by −4 and the loss by 16" in said
-    assert "the largest stable rate is 0.04" in said
-    assert model.stable_lr == pytest.approx(0.04)
-
-
 @pytest.mark.filterwarnings("ignore:.*val_dataloader")
 @pytest.mark.parametrize("form", ["tuple", "dict", "tensor", "table"])
 def test_the_curvature_at_the_start_for_batches_of_any_structure(make_trainer, capsys, form):
-    data, ends = Rows(classes=True), []
+    data, ends = RandomRows(classes=True), []
     data.setup()
     x, y = data.local("train")
     batch: Any = {"dict": {"x": x, "y": y}, "tensor": x}.get(form, (x, y))
@@ -149,7 +120,7 @@ def test_a_report_that_fails_does_not_end_the_run(make_trainer, capsys):
             return super().loss(x, y) / self.trainer.world_size  # a copy has no trainer
 
     trainer = make_trainer(max_steps=2, callbacks=[CurvatureReport()])
-    trainer.fit(Attached(), datamodule=Rows(classes=True))
+    trainer.fit(Attached(), datamodule=RandomRows(classes=True))
     assert "curvature at the start: not known (" in capsys.readouterr().out
 
 
@@ -162,7 +133,7 @@ def test_a_report_that_fails_does_not_end_the_run(make_trainer, capsys):
     ],
 )
 def test_the_test_curve_is_the_loss_in_evaluation_mode(make_trainer, settings, every, steps):
-    data, seen = Rows(classes=True, **settings), {}
+    data, seen = RandomRows(classes=True, **settings), {}
 
     class Watch(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -179,7 +150,7 @@ def test_the_test_curve_is_the_loss_in_evaluation_mode(make_trainer, settings, e
 def test_the_end_table_fits_its_width(make_trainer, tmp_path, monkeypatch, capsys, width):
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.chdir(tmp_path)
-    table, data = EndTable(), Rows(passes_per_epoch=50, moments=True)
+    table, data = EndTable(), RandomRows(passes_per_epoch=50, moments=True)
     callbacks = [GradientCheck(), table]
     trainer = make_trainer(max_steps=50, callbacks=callbacks, logger=CSVLogger(FOLDER, "run"))
     model = fit(trainer, data)
@@ -211,8 +182,8 @@ def test_the_end_table_fits_its_width(make_trainer, tmp_path, monkeypatch, capsy
 def test_histograms_and_the_progress_bar(make_trainer, tmp_path, capsys):
     logger, callbacks = TensorBoardLogger(tmp_path), [WeightHistograms(), UpdateProgressBar()]
     settings = {"enable_progress_bar": True, "callbacks": callbacks, "logger": logger}
-    fit(make_trainer(max_epochs=10, **settings), Rows(passes_per_epoch=2))
-    events = EventAccumulator(logger.log_dir, {"histograms": 0}).Reload()
+    fit(make_trainer(max_epochs=10, **settings), RandomRows(passes_per_epoch=2))
+    events = events_in(logger.log_dir)
     # At the start, after 1, 2, 4 and 8 epochs, and at the end; the bias is one number.
     assert [e.step for e in events.Histograms("weights/weight")] == [0, 2, 4, 8, 16, 20]
     assert events.Tags()["histograms"] == ["weights/weight"]
@@ -224,8 +195,8 @@ def test_histograms_and_the_progress_bar(make_trainer, tmp_path, capsys):
 def test_weights_too_large_for_tensorboard_have_no_histogram(make_trainer, tmp_path):
     logger = TensorBoardLogger(tmp_path)
     trainer = make_trainer(max_steps=1, callbacks=[WeightHistograms()], logger=logger)
-    trainer.fit(LinearRegression(num_features=3, weight=[1e25] * 3).double(), datamodule=Rows())
-    assert EventAccumulator(logger.log_dir).Reload().Tags()["histograms"] == []
+    fit(trainer, weight=[1e25] * 3)
+    assert events_in(logger.log_dir).Tags()["histograms"] == []
 
 
 def test_no_two_runs_write_into_one_folder(tmp_path, monkeypatch):
@@ -252,7 +223,7 @@ def test_callbacks_leave_foreign_models_and_data_alone(make_trainer, tmp_path, s
     kinds = (CurvatureReport, TestCurve, WeightHistograms, Pictures, Coefficients, Predictions)
     if "logger" in settings:
         settings = {"logger": [CSVLogger(tmp_path), TensorBoardLogger(tmp_path)]}
-    data = Rows(batch_size=8)
+    data = RandomRows(batch_size=8)
     data.setup()
     batches: Any = [data.local("train")] * 2
     loader = DataLoader(batches, batch_size=None)
@@ -276,7 +247,7 @@ def test_names_with_brackets_and_several_predictions_per_row(make_trainer, tmp_p
     said = capsys.readouterr().out
     assert "Coefficients for b[/]" in said and "[red]a" in said
     trainer = make_trainer(callbacks=[Predictions()], logger=CSVLogger(tmp_path))
-    data = Rows(classes=True)
+    data = RandomRows(classes=True)
     (expected,) = trainer.predict(Softmax(), datamodule=data)
     lines = (Path(trainer.logger.log_dir) / "predictions.csv").read_text().splitlines()
     assert lines[0] == "row,target,prediction" and len(lines) == 8

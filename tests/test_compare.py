@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import events_in
 from test_figures import assert_readable, falling
 
 import compare
@@ -71,7 +71,7 @@ def test_the_script_prints_draws_and_logs(tmp_path, capsys):
     runs = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
     assert runs == "autograd explicit nn-linear-sgd numpy-sum numpy-sum-lr-n predicted".split()
     for run in runs:
-        events = EventAccumulator(str(tmp_path / run)).Reload()
+        events = events_in(tmp_path / run)
         assert events.Tags()["scalars"] == ["train/loss", "test/loss"]
         assert len(events.Scalars("train/loss")) == 12
         layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]

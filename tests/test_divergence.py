@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cli import LIGHTNINGS, run
-from test_distributed import launch
+from conftest import fit, run, trainer_words
 
 from lightning_gd import CurvatureReport, LinearRegression, PointsData, RunCheckpoint
 from lightning_gd.settings import DivergenceError
@@ -37,10 +36,8 @@ def first_bad(lr, momentum, dtype: Any = np.float64, summed=True):
 
 
 def diverge(trainer, data, model=LinearRegression, **settings):
-    with trainer.init_module():
-        module = model(bias=False, **settings)
     with pytest.raises(DivergenceError) as error:
-        trainer.fit(module, datamodule=PointsData(x=X, y=Y, **data))
+        fit(trainer, PointsData(x=X, y=Y, **data), model, bias=False, **settings)
     return str(error.value)
 
 
@@ -67,8 +64,8 @@ def test_the_update_is_that_of_the_loop(make_trainer, capsys, way, lr, momentum,
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_just_below_the_largest_stable_rate_nothing_is_stopped(make_trainer, momentum):
     trainer, lr = make_trainer(max_steps=500), 0.99 * 2 * (1 + momentum) / STEEP
-    model = LinearRegression(bias=False, lr=lr, momentum=momentum).double()
-    trainer.fit(model, datamodule=PointsData(passes_per_epoch=500))
+    settings = {"bias": False, "lr": lr, "momentum": momentum}
+    model = fit(trainer, PointsData(passes_per_epoch=500), LinearRegression, **settings)
     assert trainer.global_step == 500 and abs(model.weight.item() - 2) < 1e-2
 
 
@@ -113,40 +110,28 @@ def test_only_least_squares_has_a_largest_stable_rate(make_trainer, capsys, mode
     assert f"updates at lr {lr:g}" in message and words in message
 
 
-LINE = ["--config", "linear", "--model.lr", "0.5", "--trainer.enable_progress_bar", "false"]
+LINE = ["--config", "linear", "--model.lr", "0.5"]
 
 
-@pytest.mark.filterwarnings(LIGHTNINGS)
 @pytest.mark.parametrize("gradient", ["explicit", "autograd"])
 def test_the_exit_status_is_3(tmp_path, gradient):
-    words = [*LINE, "--model.gradient", gradient, "--trainer.default_root_dir", tmp_path]
-    status, out, err = run(*words)
+    where = trainer_words(default_root_dir=tmp_path)
+    status, out, err = run(*LINE, "--model.gradient", gradient, *where)
     updates = first_bad(0.5, 0.0, np.float32)
     assert status == 3 and err.startswith(f"error: diverged: the loss is inf after {updates} upda")
     assert len(err.splitlines()) == 1 and "Traceback" not in err
     assert "WARNING: lr 0.5 diverges" in out and not list(tmp_path.rglob("*.ckpt"))
 
 
-RANK = """
-import contextlib, io, os, sys
-from lightning_gd.cli import main
-with contextlib.redirect_stderr(io.StringIO()) as err:
-    status = main(sys.argv[2:])
-with open(f"{sys.argv[1]}/rank{os.environ['RANK']}", "w") as file:
-    file.write(f"{status} {err.getvalue()}")
-"""
-
-
-def test_every_process_stops_alike(tmp_path):
+def test_every_process_stops_alike(forge, tmp_path):
     """Three rows on two processes, a checkpoint every 5 updates: both end, and name the same."""
-    (tmp_path / "rank.py").write_text(RANK)
-    many = ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    many = trainer_words(accelerator="cpu", strategy="ddp", devices=2, default_root_dir=tmp_path)
     rows = ["--data.x", "[1, 2, 3]", "--data.y", "[2, 4, 6]", "--data.updates_per_step", "5"]
-    rest = ["--checkpoint.every_n_updates", "5", "--trainer.default_root_dir", str(tmp_path / "l")]
-    words = [str(tmp_path / "rank.py"), str(tmp_path), *LINE, *many, *rows, *rest]
-    launch(2, words, timeout=120)
-    first, second = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
-    assert first == second and first.startswith("3 error: diverged: the loss is inf after ")
+    rest = ["--checkpoint.every_n_updates", "5"]
+    statuses, output = forge.run([*LINE, *many, *rows, *rest], world=2)
+    first, second = re.findall("^error: .*", output, re.M)
+    assert statuses == [3, 3] and first == second
+    assert first.startswith("error: diverged: the loss is inf after ")
     (last,) = tmp_path.rglob("last.ckpt")
-    assert first.endswith(f"; the last finite checkpoint is {last}\n")
+    assert first.endswith(f"; the last finite checkpoint is {last}")
     assert torch.load(last, weights_only=True)["state_dict"]["weight"].isfinite().all()

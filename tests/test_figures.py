@@ -1,16 +1,14 @@
 """Pictures: what they show, that nothing overlaps, and that a fit leaves them where it says."""
 
-import subprocess
-import sys
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
+from conftest import events_in
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gd import LinearRegression, ParityRegressor, PointsData, figures
 from lightning_gd.callbacks.pictures import Pictures
@@ -136,7 +134,7 @@ def fit(make_trainer, tmp_path, model, data, steps):
     pictures, logger = Pictures(), RunLogger(str(tmp_path), "run")
     trainer = make_trainer(max_steps=steps, logger=logger, callbacks=[pictures])
     trainer.fit(model, datamodule=data)
-    events = EventAccumulator(str(logger.log_dir), {"images": 0, "scalars": 0}).Reload()
+    events = events_in(logger.log_dir)
     folder = tmp_path / "run" / "version_0" / "pictures"
     return pictures, events, {path.stem: imread(path) for path in folder.glob("*.png")}
 
@@ -174,13 +172,3 @@ def test_a_fit_of_digits_draws_weights_and_mistakes(make_trainer, tmp_path, labe
     assert len(events.Tags()["images"]) == len(files)
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     assert b"train/loss" in layout and b"test/loss" in layout
-
-
-@pytest.mark.parametrize(
-    ("module", "late"),
-    [("figures", ["torch", "matplotlib.pyplot"]), ("callbacks.pictures", ["lightning_gd.figures"])],
-)
-def test_what_is_imported_late(module, late):
-    code = f"import sys, lightning_gd.{module}; print([m for m in {late} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr

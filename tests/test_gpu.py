@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import worlds
-from test_cli import LIGHTNINGS, run
+from conftest import run, trainer_words
 from test_distributed import assert_mistakes_found, assert_parted, assert_same, ends_in_processes
 
 FOUND = torch.cuda.device_count()
@@ -51,12 +51,9 @@ def test_the_gradient_check_names_mistakes_on_every_gpu(gpu_ends, world):
     assert_mistakes_found(gpu_ends(world), world)
 
 
-@pytest.mark.filterwarnings(LIGHTNINGS)
 @pytest.mark.parametrize("mode", [["--data.moments=true"], [], ["--model.gradient=autograd"]])
 def test_the_default_experiment_ends_as_on_the_cpu(tmp_path, mode):
-    options = {"max_steps": 100, "default_root_dir": tmp_path, "enable_progress_bar": "false"}
-    words = [w for option, value in options.items() for w in (f"--trainer.{option}", value)]
-    found = []
+    words, found = trainer_words(max_steps=100, default_root_dir=tmp_path), []
     for accelerator in ("cpu", "gpu"):
         status, out, err = run("--trainer.accelerator", accelerator, *words, *mode)
         assert status == 0, err

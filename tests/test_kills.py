@@ -5,10 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import counted
-from killed import Forge, first_checkpoint
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import counted, curves_in, plain
+from killed import first_checkpoint
 
 from lightning_gd.checkpoints import read
 
@@ -118,29 +116,7 @@ def end_of(folder):
     assert sorted(file.name for file in files.iterdir()) == ["best.ckpt", "last.ckpt"]
     best, final = read(files / "best.ckpt"), read(files / "last.ckpt")
     kept = {"best": plain(best["state_dict"]), "best update": best["global_step"]}
-    return {**kept, **{name: plain(final[name]) for name in COMPARED}, **curves(files.parent)}
-
-
-def curves(folder):
-    """The points (update, value) of each curve; one that is written twice is there twice."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    return {tag: sorted((p.step, p.value) for p in curve) for tag, curve in found.items()}
-
-
-def plain(value):
-    """Tensors as lists of the numbers that they hold, to the bit."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    return value.tolist() if isinstance(value, torch.Tensor) else value
-
-
-@pytest.fixture(scope="module")
-def forge(tmp_path_factory):
-    with Forge(tmp_path_factory.mktemp("forge")) as forge:
-        yield forge
+    return {**kept, **{name: plain(final[name]) for name in COMPARED}, **curves_in(files.parent)}
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +133,8 @@ def survive_two_kills(case, seed):
 
 
 def test_killed_at_a_random_moment(forge, tmp_path):
-    survive_two_kills(Case(forge, *CASES["mini-batches"], tmp_path), seed=1)
+    typed, world = CASES["mini-batches"]
+    survive_two_kills(Case(forge, f"{typed} --trainer.max_epochs 12", world, tmp_path), seed=1)
 
 
 @pytest.mark.slow

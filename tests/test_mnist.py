@@ -1,12 +1,10 @@
 """The full MNIST: figures that anybody can look up again, in both modes and from moments."""
 
 import os
-from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer
 
-from lightning_gd import CurvatureReport, MNISTParityData, ParityRegressor, TestCurve
+from lightning_gd import MNISTParityData, ParityRegressor
 
 ROOT = os.environ.get("MNIST_ROOT")
 pytestmark = pytest.mark.skipif(
@@ -27,26 +25,6 @@ def tables():
     return data.tables
 
 
-def train(data, updates, callbacks=(), precision: Any = "32-true", **settings: Any):
-    trainer = Trainer(
-        max_steps=updates,
-        max_epochs=-1,
-        accelerator="cpu",
-        devices=1,
-        precision=precision,
-        logger=False,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    with trainer.init_module():
-        model = ParityRegressor(lr=0.002, **settings)
-    trainer.fit(model, datamodule=data)
-    (metrics,) = trainer.test(model, datamodule=data, verbose=False)
-    return model, metrics
-
-
 @pytest.mark.parametrize(
     "moments, gradient",
     [
@@ -55,10 +33,13 @@ def train(data, updates, callbacks=(), precision: Any = "32-true", **settings: A
         pytest.param(False, "autograd", marks=pytest.mark.slow),
     ],
 )
-def test_a_thousand_full_batch_updates(tables, moments, gradient):
+def test_a_thousand_full_batch_updates(make_trainer, tables, moments, gradient):
     data = digits(moments=moments)
     data.tables = tables
-    _, metrics = train(data, 1000, gradient=gradient)
+    trainer = make_trainer(max_steps=1000, precision="32-true")
+    model = ParityRegressor(lr=0.002, gradient=gradient)
+    trainer.fit(model, datamodule=data)
+    (metrics,) = trainer.test(model, datamodule=data, verbose=False)
     # the bands allow for float32 on another machine
     assert metrics["test/loss"] == pytest.approx(0.3930, abs=0.001)
     assert metrics["test/accuracy"] == pytest.approx(0.8916, abs=0.002)
@@ -71,14 +52,3 @@ def test_the_exact_optimum(tables):
     scores = tables["test"].x.double() @ optimum.weight + optimum.bias
     accuracy = ((scores > 0) == (tables["test"].y > 0)).double().mean().item()
     assert accuracy == pytest.approx(0.894, abs=0.001)
-
-
-def test_the_predicted_curve_on_digits():
-    """On the first 2,000 digits in float64, with momentum, by the formula."""
-    data, callbacks = digits(num_train=2000, num_test=1000), [TestCurve(), CurvatureReport()]
-    model, _ = train(data, 100, callbacks, precision="64-true", momentum=0.5)
-    for part in ("train", "test"):
-        (_, predicted), (_, measured) = (
-            model.curves.history[f"{kind}{part}/loss"] for kind in ("predicted/", "")
-        )
-        assert predicted[:100] == pytest.approx(measured[:100], rel=1e-9)

@@ -75,20 +75,13 @@ def test_files_in_a_folder(small, tmp_path):
     assert {path.name for path in raw.iterdir()} == set(small)
 
 
-DAMAGE = {
-    "truncated": lambda content: content[:-1],
-    "altered": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
-}
-
-
 @pytest.mark.parametrize("name", mnist.RAW_FILES)
 def test_damaged_and_missing_files_are_named(small, tmp_path, name):
     file = written(tmp_path, small) / name
-    for damage in DAMAGE.values():
-        file.write_bytes(damage(small[name]))
-        with pytest.raises(OSError, match="truncated or altered.*--data.source offline") as error:
-            load(tmp_path)
-        assert str(file) in str(error.value)
+    file.write_bytes(small[name][:-1] + bytes([small[name][-1] ^ 1]))
+    with pytest.raises(OSError, match="truncated or altered.*--data.source offline") as error:
+        load(tmp_path)
+    assert str(file) in str(error.value)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="is missing.*--data.root") as error:
         load(tmp_path, download=False)
@@ -171,12 +164,6 @@ def test_a_bad_download_is_one_line_and_the_next_mirror_is_tried(small, mirrors,
     assert len(load(root)["train"]) == 30
 
 
-def test_an_unreachable_mirror(small, mirrors, tmp_path):
-    mirrors(small, "good").server_close()
-    with pytest.raises(ConnectionError, match="could not be downloaded into .*data.*offline"):
-        load(tmp_path / "data")
-
-
 def test_a_good_download(small, mirrors, tmp_path):
     mirrors(small, "good")
     raw = written(tmp_path, {"train-images-idx3-ubyte": b"half", "train-labels.gz": b"half"})
@@ -188,9 +175,12 @@ def test_a_good_download(small, mirrors, tmp_path):
     assert Mirror.asked == []
 
 
-def test_a_download_into_a_file(small, mirrors, tmp_path):
-    mirrors(small, "good")
+def test_a_file_in_the_way_and_an_unreachable_mirror(small, mirrors, tmp_path):
+    server = mirrors(small, "good")
     (tmp_path / "data").write_text("mine")
     with pytest.raises(ConnectionError, match="data"):
         load(tmp_path / "data")
     assert (tmp_path / "data").read_text() == "mine"
+    server.server_close()
+    with pytest.raises(ConnectionError, match="could not be downloaded into .*other.*offline"):
+        load(tmp_path / "other")

@@ -1,36 +1,23 @@
 """Every model in `lightning_gd/models`: its formulas, start values, names and metrics."""
 
 import math
-import shutil
 import typing
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import find_models
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_cli import LIGHTNINGS, run
-from test_modes import MODES, Rows, normal, train
+from conftest import Rows, normal
 
 import lightning_gd
 from lightning_gd import (
     GradientDescentModule,
     LinearRegression,
     LogisticParity,
-    Moments,
     ParityMLP,
     ParityRegressor,
     RidgeRegression,
     check_gradients,
-    models,
-    takes_moments,
 )
-
-CASES = settings(max_examples=50, deadline=None)
-SEEDS = st.integers(0, 2**32 - 1)
-SIZES = st.sampled_from([1, 7]) | st.integers(1, 40)
 
 
 def own_choices(model_class):
@@ -62,112 +49,35 @@ def trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-@st.composite
-def problems(draw, model_class, rows=SIZES):
-    """A model in float64 with any of its settings, at its start or elsewhere, and a batch."""
-    model, x, y = model_class.example_batch()
-    changes = {name: draw(st.sampled_from(v)) for name, v in own_choices(model_class).items()}
-    shape = [draw(rows), *x.shape[1:]]
-    if "num_features" in model.hparams:
-        shape[1] = changes["num_features"] = draw(SIZES)
-    seed, moved = draw(SEEDS), rebuild(model, **changes)
-    if draw(st.booleans()):
-        for i, parameter in enumerate(trained(moved).values()):
-            parameter.data += normal(*parameter.shape, seed=seed + i)
-    inputs, targets = normal(*shape, seed=seed + 10), normal(shape[0], seed=seed + 11)
-    return moved, inputs, targets.sign() if is_class(y) else targets
-
-
-def assert_same(found, expected):
-    # Sums of at most 40 terms of size 1 to 100 are exact to 1e-13 of their largest term, which
-    # may cancel: hence a bound on each entry beside the largest one of all.
-    largest = max(value.abs().max().item() for value in expected.values())
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12 * (1 + largest))
-
-
-# The gradient by formula, from the loss by autograd, by differences, and from moments
-
-
-@CASES
-@given(st.data())
-def test_the_formula_is_the_gradient_of_the_loss(model_class, data):
-    model, x, y = data.draw(problems(model_class))
-    check_gradients(model, x, y).raise_if_wrong()
-    loss, wanted = model.loss(x, y), trained(model)
-    truth = dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
-    with torch.no_grad():
-        formula, (shared, both) = model.gradients(x, y), model.loss_and_gradients(x, y)
-    assert wanted.keys() <= formula.keys() <= dict(model.named_parameters()).keys()
-    assert_same(formula, truth)
-    assert_same(both, truth)
-    # Means of at most 80 terms by another sum: a few eps of their size.
-    for value in (shared, model.loss(torch.cat([x, x]), torch.cat([y, y]))):
-        assert value.item() == pytest.approx(loss.item(), rel=1e-13, abs=1e-14)
-    if takes_moments(model):
-        moments = Moments.of(x, y)
-        shared, both = model.loss_and_gradients_from_moments(moments)
-        assert_same(both, truth)
-        # Products of centred columns round at 1e-15 of the squares of predictions and targets.
-        size = 1 + (model(x).abs().max() + y.abs().max()).square().item()
-        for value in (shared, model.loss_from_moments(moments)):
-            assert value.item() == pytest.approx(loss.item(), abs=1e-13 * size)
-
-
-def test_autograd_is_the_slope_of_the_loss(model_class):
+def test_the_formula_is_right_a_mean_and_only_reads(model_class):
+    """`test_fuzz.py` compares it with autograd for random sizes and settings."""
     example, x, y = model_class.example_batch()
+    assert type(example) is model_class, f"{model_class.__name__} needs its own example_batch"
+    assert model_class.__name__ in dir(lightning_gd)  # exported because it is there
+    x, y = x.double(), y.double()
     for choices in each_choice(model_class):
         model = rebuild(example, **choices)
-        # Central differences at 1e-6: rounding of the loss, 1e-16, and a third derivative's 1e-12.
-        torch.autograd.gradcheck(
-            lambda *_, model=model: model.loss(x.double(), y.double()),
-            tuple(trained(model).values()),
-            atol=1e-8,
-        )
+        check_gradients(model, x, y).raise_if_wrong()  # by autograd and by differences
+        before = [t.detach().clone() for t in (*model.parameters(), x, y)]
+        with torch.no_grad():
+            first, second = model.gradients(x, y), model.gradients(x, y)
+            loss, twice = model.loss(x, y), model.loss(torch.cat([x, x]), torch.cat([y, y]))
+        assert twice.item() == pytest.approx(loss.item(), rel=1e-14)
+        assert trained(model).keys() <= first.keys() <= dict(model.named_parameters()).keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        after = [t.detach() for t in (*model.parameters(), x, y)]
+        assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+        assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_formula_only_reads(model_class):
-    model, x, y = model_class.example_batch()
-    assert type(model) is model_class, f"{model_class.__name__} needs its own example_batch"
-    before = [t.detach().clone() for t in (*model.parameters(), x, y)]
-    with torch.no_grad():
-        first, second = model.gradients(x, y), model.gradients(x, y)
-    for one, other in zip(before, (*model.parameters(), x, y), strict=True):
-        torch.testing.assert_close(one, other.detach(), rtol=0, atol=0)
-    for name, parameter in trained(model).items():
-        assert parameter.grad is None and first[name].shape == parameter.shape
-        assert first[name].dtype == parameter.dtype
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
-
-
-# A fit in both modes, and its metrics
-
-
-def random_rows(model_class):
-    """40 rows that fit the example of a model."""
-    example, x, y = model_class.example_batch()
-    inputs, targets = normal(40, *x.shape[1:]), normal(40, seed=1) + 0.3
-    return example, inputs, targets.sign() if is_class(y) else targets
-
-
-def test_both_modes_make_the_same_updates(model_class, make_trainer):
-    example, x, y = random_rows(model_class)
-    for choices in each_choice(model_class):
-        ends = []
-        for gradient in MODES:
-            model = rebuild(example, gradient=gradient, lr=0.05, momentum=0.9, **choices)
-            first = {name: p.detach().clone() for name, p in trained(model).items()}
-            train(make_trainer(max_steps=30), model, Rows(x, y, batch_size=16))
-            ends.append(model.state_dict())
-        assert all((ends[0][name] - first[name]).abs().max() > 1e-3 for name in first)
-        # 30 updates of order 0.1, each with rounding errors of order eps
-        torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-12)
+# Metrics
 
 
 def test_metrics_are_those_of_numpy(model_class, make_trainer, monkeypatch):
     monkeypatch.setattr("lightning_gd.data.tensors.EVALUATION_ROWS", 7)  # several, uneven batches
-    example, x, targets = random_rows(model_class)
-    model = rebuild(example)
+    example, x, y = model_class.example_batch()
+    model, x, targets = rebuild(example), normal(40, *x.shape[1:]), normal(40, seed=1) + 0.3
+    targets = targets.sign() if is_class(y) else targets
     (found,) = make_trainer().test(model, datamodule=Rows(x, targets), verbose=False)
     scores, y = model(x).detach().numpy(), targets.numpy()
     odd, called = y > 0, scores > 0
@@ -192,48 +102,6 @@ def test_the_mean_squared_error_has_its_own_name_where_it_is_not_the_loss():
     for model in [*other, LinearRegression(), ParityMLP(4, 2)]:
         name = "mse" if model in other else "loss"
         assert [n for n in ("mse", "loss") if n in model.metrics()] == [name]
-
-
-# A model is one file
-
-LATER = """
-from lightning_gd.models.linear import LinearRegression
-
-class Later(LinearRegression):
-    def gradients(self, x, y):
-        r = self(x) - y
-        return {"weight": 2 * r @ x / len(r), "bias": FACTOR * r.mean()}
-
-    @staticmethod
-    def example_batch():
-        model, x, y = LinearRegression.example_batch()
-        return Later(**model.hparams), x, y
-"""
-LINE = "--data PointsData --trainer.max_steps 3 --trainer.enable_progress_bar false".split()
-
-
-@pytest.mark.filterwarnings(LIGHTNINGS)
-@pytest.mark.parametrize("factor", [2, 1])
-def test_a_model_is_one_file(tmp_path, monkeypatch, factor):
-    """One more file in `models` is a name of the package, found, checked and trained."""
-    package, folder = Path(lightning_gd.__file__).parent, tmp_path / "lightning_gd"
-    shutil.copytree(package, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(lightning_gd, "__file__", str(folder / "__init__.py"))
-    monkeypatch.setattr(lightning_gd, "_names", lightning_gd._names.__wrapped__)  # not cached
-    monkeypatch.setattr(models, "__path__", [*models.__path__, str(folder / "models")])
-    name, file = f"Later{factor}", f"later{factor}.py"
-    text = LATER.replace("Later", name).replace("FACTOR", str(factor))
-    (folder / "models" / file).write_text(text)
-    later = getattr(lightning_gd, name)
-    assert later in find_models() and name in dir(lightning_gd)
-    report = check_gradients(*later.example_batch())
-    assert [p.name for p in report.parameters if p.diagnosis] == ([] if factor == 2 else ["bias"])
-    (tmp_path / file).write_text(text)  # a file of the user's, in the working directory
-    monkeypatch.chdir(tmp_path)
-    right, wrong = f"lightning_gd.{name}", f"later{factor}.{name}"
-    status, out, err = run("--model", right if factor == 2 else wrong, *LINE)
-    assert (status, "test/loss" in out) == ((0, True) if factor == 2 else (2, False)), err
-    assert factor == 2 or "bias: WRONG" in err
 
 
 # Start values
@@ -269,10 +137,9 @@ def test_random_starts_have_the_named_distribution(start):
     # Kolmogorov and Smirnov: the distance from uniform exceeds 1.95/√n once in 1,000 seeds.
     steps = torch.arange(1, count + 1).double() / count
     assert (places - steps).abs().max() < 1.95 / math.sqrt(count)
-    if start == "linear":  # the same bound as nn.Linear's, for the bias too
+    if start == "linear":  # nn.Linear's, for the bias too
         drawn = [LinearRegression(start="linear", start_seed=s).bias.item() for s in range(50)]
-        reference = torch.nn.Linear(count, 1).weight.detach()
-        assert reference.abs().max() <= high and 0.8 < max(map(abs, drawn)) <= 1
+        assert 0.8 < max(map(abs, drawn)) <= 1
 
 
 @pytest.mark.parametrize("activation, gain", [("relu", math.sqrt(2)), ("tanh", 5 / 3)])
@@ -298,20 +165,23 @@ def test_names_and_shapes():
 
 # What only some models promise
 
+LOSSES = {  # of scores s and targets y
+    "squared": lambda s, y: (s - y).square().mean(),
+    "logistic": lambda s, y: (-y * s).exp().log1p().mean(),
+}
 
-@pytest.mark.parametrize("alpha", [0.0, 0.1, 10.0])
-def test_ridge_reaches_the_closed_form_solution(alpha, make_trainer):
-    x = normal(50, 5)
-    y = x.sum(1) + 3 + normal(50, seed=1)
-    model = RidgeRegression(alpha, num_features=5, lr=0.5 / (1.5 + alpha), momentum=0.5).double()
-    train(make_trainer(max_steps=300), model, Rows(x, y, passes_per_epoch=300))
-    centred = x - x.mean(0)
-    hessian = centred.T @ centred / len(x) + alpha * torch.eye(5, dtype=x.dtype)
-    weight = torch.linalg.solve(hessian, centred.T @ (y - y.mean()) / len(x))
-    # Each update shortens the error by a tenth at least: it ends in rounding.
-    torch.testing.assert_close(model.weight.detach(), weight, rtol=0, atol=1e-12)
-    bias = y.mean() - x.mean(0) @ weight  # not drawn to 0 by alpha
-    torch.testing.assert_close(model.bias.detach(), bias, rtol=0, atol=1e-12)
+
+@pytest.mark.parametrize("cls", [*STARTS, LogisticParity])
+def test_scores_and_losses_of_the_linear_models(cls):
+    example, x, y = cls.example_batch()
+    model, x, y = rebuild(example, start="linear"), x.double(), y.double()
+    scores = x @ model.weight + model.bias
+    expected = LOSSES["logistic" if cls is LogisticParity else "squared"](scores, y)
+    if cls is RidgeRegression:
+        expected = expected + model.hparams["alpha"] * model.weight.square().sum()
+        assert model.hparams["alpha"] > 0
+    torch.testing.assert_close(model(x), scores)
+    torch.testing.assert_close(model.loss(x, y), expected)
 
 
 @pytest.mark.parametrize("score", [-1e300, -1e5, -800, -40, -1, 0, 1, 19, 21, 36, 40, 700])
@@ -327,20 +197,14 @@ def test_the_logistic_loss_is_exact_at_every_score(score):
     assert model.gradients(x, y)["bias"].item() == pytest.approx(slope, rel=1e-12, abs=0)
 
 
-def test_the_network_worked_out_by_hand():
-    model = ParityMLP(num_features=1, hidden=2).double()
-    values = {"hidden_weight": [[1.0], [-1.0]], "hidden_bias": [0.0, 1.0], "weight": [2.0, 3.0]}
-    with torch.no_grad():
-        for name, value in {**values, "bias": -1.0}.items():
-            model.get_parameter(name).copy_(torch.tensor(value))
-    x, y = torch.tensor([[2.0], [-1.0]]).double(), torch.tensor([1.0, -1.0]).double()
-    # h = relu([2, -1]), relu([-1, 2]); ŷ = 2·2 − 1 = 3 and 3·2 − 1 = 5; r = 2 and 6
-    assert model(x).tolist() == [3, 5]
-    assert model.loss(x, y).item() == (2**2 + 6**2) / 2
-    found = {name: gradient.tolist() for name, gradient in model.gradients(x, y).items()}
-    # d = r = (2, 6)
-    hidden = {"hidden_weight": [[8], [-18]], "hidden_bias": [4, 18]}
-    assert found == {**hidden, "weight": [4, 12], "bias": 8}
+@pytest.mark.parametrize("loss", ["squared", "logistic"])
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_the_network_and_its_loss(activation, loss):
+    model, x, y = ParityMLP.example_batch(activation=activation, loss=loss)
+    hidden = getattr(torch, activation)(x @ model.hidden_weight.T + model.hidden_bias)
+    scores = hidden @ model.weight + model.bias
+    torch.testing.assert_close(model(x), scores)
+    torch.testing.assert_close(model.loss(x, y), LOSSES[loss](scores, y))
 
 
 def test_the_network_stands_extreme_scores_and_does_not_learn_from_zeros():

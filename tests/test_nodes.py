@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import counted
-from killed import Forge, free_port
+from killed import free_port
 
 from lightning_gd.checkpoints import read
 
@@ -54,12 +54,6 @@ def start(words, log, **env):
 
 def seconds_since_failure(log):
     return time.time() - float(re.findall(r"fails at ([\d.]+)", log.read_text())[0])
-
-
-@pytest.fixture(scope="module")
-def forge(tmp_path_factory):
-    with Forge(tmp_path_factory.mktemp("forge")) as forge:
-        yield forge
 
 
 # One process ends: so do the others

@@ -1,26 +1,15 @@
 """The wheel holds what a run needs, and runs where the checkout is not."""
 
-import os
 import shutil
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import good_process, trainer_words
 
 ROOT = Path(__file__).parent.parent
-PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-
-
-def call(*command, **settings):
-    """What a command printed; its messages are shown where it fails."""
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=300, **settings
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
+PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +20,9 @@ def wheel(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    call(*PIP, "wheel", "--no-deps", "--no-index", "--no-build-isolation", folder, "-w", folder)
+    good_process(
+        *PIP, "wheel", "--no-deps", "--no-index", "--no-build-isolation", folder, "-w", folder
+    )
     (built,) = folder.glob("*.whl")
     return built
 
@@ -40,15 +31,14 @@ def wheel(tmp_path_factory):
 def installed(wheel, tmp_path_factory):
     """The folder of an installation of that wheel alone."""
     target = tmp_path_factory.mktemp("target")
-    call(*PIP, "install", "--no-deps", "--no-index", "--target", target, wheel)
+    good_process(*PIP, "install", "--no-deps", "--no-index", "--target", target, wheel)
     return target
 
 
 @pytest.fixture
 def elsewhere(installed, tmp_path):
     """How to run a command in an empty folder, where imports find the installation first."""
-    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    return {"cwd": tmp_path, "env": environment}
+    return {"cwd": tmp_path, "PYTHONPATH": str(installed)}
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel):
@@ -62,11 +52,9 @@ def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel):
 
 @pytest.mark.slow
 def test_the_console_script_trains_in_an_empty_folder(installed, elsewhere, tmp_path):
-    command = [installed / "bin" / "lightning-gd", "--config", "parity"]
-    printed = call(
-        *command, "--trainer.max_steps", "5", "--trainer.accelerator", "cpu", **elsewhere
-    )
-    assert "test/accuracy" in printed
+    words = ["--config", "parity", *trainer_words(max_steps=5, accelerator="cpu")]
+    done = good_process(installed / "bin" / "lightning-gd", *words, **elsewhere)
+    assert "test/accuracy" in done.stdout
     run = tmp_path / "lightning_logs" / "parity" / "version_0"
     assert (run / "checkpoints" / "last.ckpt").is_file()
     assert (run / "pictures" / "loss.png").is_file()
@@ -74,10 +62,10 @@ def test_the_console_script_trains_in_an_empty_folder(installed, elsewhere, tmp_
 
 def test_the_module_and_its_help_are_those_of_the_installation(installed, elsewhere):
     where = "import lightning_gd; print(lightning_gd.__file__)"
-    found = call(sys.executable, "-c", where, **elsewhere)
+    found = good_process("-c", where, **elsewhere).stdout
     assert Path(found.strip()).is_relative_to(installed)  # and so are its submodules
     begun = time.perf_counter()
-    printed = call(sys.executable, "-m", "lightning_gd", "--help", **elsewhere)
+    printed = good_process("-m", "lightning_gd", "--help", **elsewhere).stdout
     assert time.perf_counter() - begun < 5  # a fraction of it, unless Lightning is imported
     for experiment in (ROOT / "lightning_gd" / "experiments").glob("*.yaml"):
         assert f"  {experiment.stem} " in printed

@@ -3,11 +3,10 @@
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import good_process
 from PIL import Image
 
 from lightning_gd import MNISTParityData
@@ -55,19 +54,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(command, folder):
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done
-
-
 @pytest.mark.slow  # a process each; what they do is tested closer by, and quicker, too
 @pytest.mark.parametrize("command", REST)
 def test_commands(command, folder):
@@ -75,23 +61,16 @@ def test_commands(command, folder):
         pytest.skip("MNIST_ROOT is not set: this command reads the full MNIST")
     words = shlex.split(os.path.expandvars(command))
     if "last" in words:  # it goes on with the run of the command before
-        run([sys.executable, *shlex.split(REST[REST.index(command) - 1])[1:]], folder)
+        good_process(*shlex.split(REST[REST.index(command) - 1])[1:], cwd=folder)
     if "scripts/predict.py" in words:  # it reads the run of the README's first command
-        run([sys.executable, "scripts/train.py", "--trainer.max_steps", "20"], folder)
+        good_process("scripts/train.py", "--trainer.max_steps", "20", cwd=folder)
     assert words[0] == "python"
-    done = run([sys.executable, *words[1:]], folder)
+    done = good_process(*words[1:], cwd=folder)
     assert "Warning" not in done.stderr
 
 
 def test_python_prints_what_the_readme_says(folder):
     text = next(text for text in PYTHON if "Trainer(" in text)
     printed = next(t for language, t in BLOCKS if not language and t.startswith("learnt"))
-    done = run([sys.executable, "-W", "ignore", "-c", text], folder)
+    done = good_process("-W", "ignore", "-c", text, cwd=folder)
     assert printed in done.stdout
-
-
-def test_two_commands_are_all_the_set_up():
-    assert SET_UP == [
-        "python -m pip install -e . && python scripts/train.py",
-        'python -m pip install -e ".[test]" && python -m pytest',
-    ]

@@ -1,10 +1,9 @@
-"""The NumPy loop against the notebooks' numbers and against torch's SGD."""
+"""The NumPy loop against the notebooks' numbers; `test_compare.py` compares it with torch."""
 
 import doctest
 
 import numpy as np
 import pytest
-import torch
 
 import reference
 from reference import gradient_descent
@@ -20,25 +19,6 @@ def test_the_closed_form(reduction, factor):
     # The last loss, 2e-6, is the square of 1 − w/2, which has cancelled to 1e-4 of w.
     np.testing.assert_allclose(run.weights[:, 0], 2 * (1 - factor**k), rtol=1e-13)
     np.testing.assert_allclose(run.losses, 30 * factor ** (2 * k[:-1]), rtol=1e-9)
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("bias", [None, 0.5])
-def test_equals_sgd_of_torch(momentum, bias):
-    rng = np.random.default_rng(0)
-    x, y, start = rng.normal(size=(20, 3)), rng.normal(size=20), rng.normal(size=3)
-    run = gradient_descent(x, y, lr=0.05, steps=50, weight=start, bias=bias, momentum=momentum)
-    w = torch.tensor(start, requires_grad=True)
-    b = torch.tensor(bias or 0.0, dtype=torch.float64, requires_grad=bias is not None)
-    optimizer = torch.optim.SGD([w, b], lr=0.05, momentum=momentum)
-    for loss, weight in zip(run.losses, run.weights, strict=False):
-        np.testing.assert_allclose(weight, w.detach(), rtol=1e-11)
-        optimizer.zero_grad()
-        error = (torch.tensor(x) @ w + b - torch.tensor(y)).square().mean()
-        error.backward()
-        optimizer.step()
-        np.testing.assert_allclose(loss, error.item(), rtol=1e-11)
-    np.testing.assert_allclose(run.biases[-1], b.item(), rtol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

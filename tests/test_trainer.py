@@ -3,28 +3,22 @@
 import itertools
 from enum import Enum
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pandas
 import pytest
 import torch
+from conftest import RandomRows, Rows, fit, line, normal, scheduled
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from test_modes import CLOSE, MODES, SETTINGS, RandomRows, Rows, line, normal
+from test_modes import CLOSE, MODES, SETTINGS
 
 from lightning_gd import LinearRegression, PointsData, TestCurve
 from lightning_gd.configured import UNUSED
 from lightning_gd.settings import check_trainer
 
 FOUR = {"batch_size": 5, "num_val": 3}  # 4 batches per epoch, and validation
-
-
-def fit(trainer, data=None, ckpt_path=None, **settings):
-    model = line(**settings).double()
-    trainer.fit(model, datamodule=RandomRows(**(data or {"batch_size": 8})), ckpt_path=ckpt_path)
-    return model
 
 
 class Seen(Callback):
@@ -59,18 +53,23 @@ def test_counting(make_trainer, updates):
 
 
 @pytest.mark.parametrize("gradient", MODES)
-def test_a_callback_sees_the_rows_and_the_loss_of_each_update(make_trainer, gradient):
-    seen, loss = Seen(), {}
+def test_callbacks_and_curves_have_the_rows_loss_and_norm_of_each_update(make_trainer, gradient):
+    """The loss and the norm of the gradient at step k are those before update k."""
+    seen, losses, norms = Seen(), [], []
 
     class Before(Callback):
         def on_train_batch_start(self, trainer, pl_module: Any, batch, batch_idx):
             x, y = batch
             assert x.shape == (len(y), 3) and len(y) == (8, 8, 7)[batch_idx]
-            loss[trainer.global_step] = pl_module.loss(x, y).item()
+            found = [g.detach().reshape(-1) for g in pl_module.gradients(x, y).values()]
+            norms.append(torch.cat(found).norm().item())
+            losses.append(pl_module.loss(x, y).item())
 
     model = fit(make_trainer(max_steps=7, callbacks=[seen, Before()]), gradient=gradient)
-    assert seen.losses == pytest.approx(list(loss.values()), rel=1e-13)  # by another sum
+    assert seen.losses == pytest.approx(losses, rel=1e-13)  # by another sum
     assert model.curves.history["train/loss"] == (list(range(7)), seen.losses)
+    steps, found = model.curves.history["gradient_norm"]
+    assert steps == list(range(7)) and found == pytest.approx(norms, rel=1e-12)
 
 
 def test_lightnings_intervals_count_steps(make_trainer):
@@ -117,7 +116,7 @@ def test_the_loss_of_several_validation_loaders_is_over_all_their_rows(make_trai
     parts = [Rows(normal(n, 3, seed=n), normal(n, seed=2 * n)) for n in sizes]
     for part in parts:
         part.setup("test")
-    model, trainer = line().double(), make_trainer(max_steps=3, limit_train_batches=3)
+    model, trainer = line(), make_trainer(max_steps=3, limit_train_batches=3)
     trainer.fit(model, parts[0].test_dataloader(), [part.test_dataloader() for part in parts])
     x, y = (torch.cat([getattr(part.rows, name) for part in parts]) for name in ("x", "y"))
     expected = pytest.approx(model.loss(x, y).item(), rel=1e-13)
@@ -135,16 +134,15 @@ HOOKS = (
 
 @pytest.mark.parametrize("gradient", MODES)
 def test_hooks_of_a_model_need_no_super(make_trainer, tmp_path, gradient):
-    plateau = {"scheduler": "ReduceLROnPlateau", "scheduler_args": {"patience": 0}}
+    plateau = scheduled("ReduceLROnPlateau", patience=0)
     settings: Any = {"num_features": 3, "gradient": gradient, "lr": 0.01, **plateau}
     called, ends = [], []
     hooks = {name: lambda *_, name=name, **__: called.append(name) for name in HOOKS}
     for cls in (LinearRegression, type("Own", (LinearRegression,), hooks)):
-        first, second = (cls(**settings).double() for _ in range(2))
         trainer, file = make_trainer(max_steps=6), tmp_path / f"{cls.__name__}.ckpt"
-        trainer.fit(first, datamodule=RandomRows(**FOUR))
+        first = fit(trainer, FOUR, cls, **settings)
         trainer.save_checkpoint(file)
-        make_trainer(max_steps=13).fit(second, datamodule=RandomRows(**FOUR), ckpt_path=file)
+        second = fit(make_trainer(max_steps=13), FOUR, cls, ckpt_path=file, **settings)
         ends.append((first.curves.history, second.curves.history, second.state_dict()))
     assert set(called) == set(HOOKS)
     assert repr(ends[0]) == repr(ends[1]) and len(ends[0][1]["train/loss"][0]) == 7
@@ -168,11 +166,11 @@ def same_from(stop, resumed, whole, **close):
             torch.testing.assert_close(torch.tensor(found[1]), expected, **close)
 
 
-@pytest.mark.parametrize("bound", [{"max_steps": 17}, {"max_epochs": 4}], ids=str)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("modes", list(itertools.product(MODES, MODES)), ids=" ".join)
-def test_a_stopped_run_resumes_to_the_bit(make_trainer, tmp_path, modes, schedule, bound):
+def test_a_stopped_run_resumes_to_the_bit(make_trainer, tmp_path, modes, schedule):
     """At any update of any step, with another `updates_per_step`, and in the other mode."""
+    bound = {"max_epochs": 4}
     close = {"rtol": 0, "atol": 0} if modes[0] == modes[1] else CLOSE
     settings = {"momentum": 0.9, **SETTINGS[schedule]}
     whole = fit(make_trainer(**bound), FOUR, gradient=modes[1], **settings)
@@ -181,65 +179,11 @@ def test_a_stopped_run_resumes_to_the_bit(make_trainer, tmp_path, modes, schedul
         fit(trainer, {**FOUR, "updates_per_step": before}, gradient=modes[0], **settings)
         trainer.save_checkpoint(file)
         data = {**FOUR, "updates_per_step": after}
-        resumed = fit(make_trainer(**bound), data, file, gradient=modes[1], **settings)
+        resumed = fit(make_trainer(**bound), data, ckpt_path=file, gradient=modes[1], **settings)
         same_from(stop, resumed, whole, **close)
 
 
-def test_a_run_in_float64_resumes_to_the_bit(make_trainer, tmp_path):
-    """Weights are not rounded to float32 on their way from the checkpoint."""
-
-    def run(stop, ckpt_path=None):
-        trainer = make_trainer(max_steps=stop, precision="64-true")
-        model = LinearRegression(num_features=3, lr=0.02, momentum=0.9)
-        trainer.fit(model, datamodule=RandomRows(passes_per_epoch=9), ckpt_path=ckpt_path)
-        trainer.save_checkpoint(tmp_path / f"{stop}.ckpt")
-        return model.weight
-
-    whole = run(9)
-    run(5)
-    resumed = run(9, tmp_path / "5.ckpt")
-    assert resumed.dtype == torch.float64 and torch.equal(resumed, whole)
-
-
-# The second ModelCheckpoint writes elsewhere: Lightning says that it forgets the first's scores.
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("gradient", MODES)
-@pytest.mark.parametrize("data", [FOUR, {"passes_per_epoch": 6}], ids=str)
-def test_every_checkpoint_of_lightnings_resumes_to_the_bit(make_trainer, tmp_path, gradient, data):
-    """Also one that is written after the last step of an epoch, before its end."""
-    settings = {"gradient": gradient, **SETTINGS["schedule by epoch"]}
-
-    def saving(folder):
-        save = ModelCheckpoint(folder, every_n_train_steps=1, filename="{step}", save_top_k=-1)
-        return make_trainer(max_epochs=3, callbacks=[save], enable_checkpointing=True)
-
-    whole = fit(saving(tmp_path), data, **settings)
-    for file in tmp_path.glob("*.ckpt"):
-        resumed = fit(saving(tmp_path / file.stem), data, file, **settings)
-        same_from(int(file.stem.split("=")[1]), resumed, whole, rtol=0, atol=0)
-
-
 # Curves and loggers
-
-
-def test_curves_count_updates(make_trainer, tmp_path):
-    """The loss at step k is that before update k."""
-    curves = {}
-    for gradient in MODES:
-        logger = CSVLogger(tmp_path, gradient)
-        fit(make_trainer(max_steps=9, logger=logger), {"passes_per_epoch": 9}, gradient=gradient)
-        curves[gradient] = pandas.read_csv(f"{logger.log_dir}/metrics.csv").set_index("step")
-    table, model = RandomRows().load()["train"], line().double()
-    for step in range(9):
-        gradients = model.gradients(table.x, table.y)
-        norm = torch.cat([g.reshape(-1) for g in gradients.values()]).norm().item()
-        loss = model.loss(table.x, table.y).item()
-        for curve in curves.values():
-            assert curve["train/loss"][step] == pytest.approx(loss, rel=1e-12)
-            assert curve["gradient_norm"][step] == pytest.approx(norm, rel=1e-10)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter -= 0.02 * gradients[name]
 
 
 class Shrinking(LinearRegression):
@@ -253,9 +197,9 @@ class Shrinking(LinearRegression):
 
 
 def test_a_recorded_norm_is_that_before_the_update(make_trainer):
-    model = Shrinking(num_features=3, lr=0.5, weight=[2.0, 1.0, 2.0])
-    data = RandomRows(passes_per_epoch=8, updates_per_step=8)
-    make_trainer(max_steps=8).fit(model.double(), datamodule=data)
+    settings = {"num_features": 3, "lr": 0.5, "weight": [2.0, 1.0, 2.0]}
+    data = {"passes_per_epoch": 8, "updates_per_step": 8}
+    model = fit(make_trainer(max_steps=8), data, Shrinking, **settings)
     assert model.curves.history["gradient_norm"][1] == [3 * 0.5**k for k in range(8)]
 
 
@@ -271,9 +215,9 @@ def test_test_losses_of_a_step_are_computed_together(make_trainer, kind):
     """They are those of one update per step, whether the loss takes stacked weights or not."""
     curves = {}
     for updates in (1, 4, 100):
-        data = RandomRows(passes_per_epoch=150, updates_per_step=updates)
-        model = kind(num_features=3, lr=0.02).double()
-        make_trainer(max_steps=150, callbacks=[TestCurve()]).fit(model, datamodule=data)
+        data = {"passes_per_epoch": 150, "updates_per_step": updates}
+        trainer = make_trainer(max_steps=150, callbacks=[TestCurve()])
+        model = fit(trainer, data, kind, num_features=3, lr=0.02)
         curves[updates] = model.curves.history["test/loss"]
     steps, losses = curves[1]
     assert steps == list(range(150)) and losses[149] < losses[0]
@@ -284,16 +228,22 @@ def test_test_losses_of_a_step_are_computed_together(make_trainer, kind):
 
 def test_learning_rate_monitor_sees_every_update(make_trainer, tmp_path):
     monitor, logger = LearningRateMonitor(logging_interval="step"), CSVLogger(tmp_path)
-    args = {"scheduler_args": {"step_size": 1, "gamma": 0.5}, "scheduler_interval": "update"}
     trainer = make_trainer(max_steps=6, logger=logger, callbacks=[monitor])
-    fit(trainer, scheduler="StepLR", **args)
+    model = fit(trainer, **scheduled("StepLR", "update", step_size=1, gamma=0.5))
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 0.5**6)
-    found = pandas.read_csv(f"{logger.log_dir}/metrics.csv").set_index("step")["lr-SGD"].dropna()
-    assert list(found) == pytest.approx([0.02 * 0.5**k for k in range(6)])
+    written = pandas.read_csv(f"{logger.log_dir}/metrics.csv").set_index("step")
+    rates = [0.02 * 0.5**k for k in range(6)]
+    assert list(written["lr-SGD"].dropna()) == pytest.approx(rates)
+    steps, losses = model.curves.history["train/loss"]
+    assert written["train/loss"].dropna()[steps].tolist() == pytest.approx(losses)
 
 
 class Scheduled(LinearRegression):
     """Configures its own optimizer: a schedule every third update, a plateau by epoch."""
+
+    def __init__(self, plateau: bool, **settings):
+        super().__init__(**settings)
+        self.plateau = plateau
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=0.02)
@@ -314,10 +264,8 @@ def test_a_schedule_of_the_models_own_is_honoured(make_trainer, plateau):
     """A falling loss is no progress for mode "max": the rate halves from the second epoch on."""
     rates = []
     for gradient in MODES:
-        model = Scheduled(num_features=3, gradient=gradient).double()
-        model.plateau = plateau
-        trainer = make_trainer(max_epochs=4)
-        trainer.fit(model, datamodule=RandomRows(**FOUR, updates_per_step=2))
+        trainer, data = make_trainer(max_epochs=4), {**FOUR, "updates_per_step": 2}
+        fit(trainer, data, Scheduled, plateau=plateau, num_features=3, gradient=gradient)
         rates.append(trainer.optimizers[0].param_groups[0]["lr"])
     expected = 0.02 * 0.5 ** (3 if plateau else 4)  # the third of 4 updates in each epoch
     assert rates == pytest.approx([expected, expected])
@@ -337,7 +285,7 @@ class Typed(LinearRegression):
 def test_settings_without_a_plain_form_are_asked_for(make_trainer, tmp_path):
     """They are not replaced by their defaults in silence; a tuple stays a tuple."""
     trainer, path = make_trainer(max_steps=1), tmp_path / "typed.ckpt"
-    trainer.fit(Typed(Shade.DARK, (3, 4)), datamodule=PointsData())
+    fit(trainer, PointsData(), Typed, shade=Shade.DARK, size=(3, 4))
     trainer.save_checkpoint(path)
     with pytest.raises(ValueError, match="does not hold shade of Typed.*shade="):
         Typed.load_from_checkpoint(path)
@@ -352,33 +300,22 @@ def test_settings_without_a_plain_form_are_asked_for(make_trainer, tmp_path):
 def test_a_hook_that_explicit_mode_does_not_call_is_refused(make_trainer, hook):
     kind = type("Hooked", (LinearRegression,), {hook: lambda *args, **named: None})
     with pytest.raises(ValueError, match=f"Hooked overrides {hook}"):
-        make_trainer(max_steps=1).fit(kind(), datamodule=PointsData())
+        fit(make_trainer(max_steps=1), PointsData(), kind)
 
 
-REFUSED = {
-    "LBFGS": ({}, {"optimizer": "LBFGS"}, "LBFGS.*closure"),
-    "half precision": ({"precision": "16-true"}, {}, "precision 16-true"),
-    "Trainer clips": ({"gradient_clip_val": 1.0}, {}, "--model.gradient_clip_val"),
-    "Trainer accumulates": ({"accumulate_grad_batches": 2}, {}, "--model.accumulate_grad_batches"),
-    "model accumulates by autograd": (
-        {},
-        {"accumulate_grad_batches": 2, "gradient": "autograd"},
-        "--trainer.accumulate_grad_batches",
-    ),
-}
+def test_accumulation_by_the_model_is_for_explicit_mode(make_trainer):
+    settings = {"accumulate_grad_batches": 2, "gradient": "autograd"}
+    with pytest.raises(ValueError, match="--trainer.accumulate_grad_batches"):
+        fit(make_trainer(max_steps=1), **settings)
 
 
-@pytest.mark.parametrize("trainers, settings, message", REFUSED.values(), ids=REFUSED)
-def test_refusals_name_the_setting(make_trainer, trainers, settings, message):
-    with pytest.raises(ValueError, match=message):
-        fit(make_trainer(max_steps=1, **trainers), **settings)
-
-
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", ""])
-def test_strategies_and_precisions_of_other_machines_are_refused_by_name(name):
-    strategy = type(name, (), {})() if name else SingleDeviceStrategy(torch.device("cpu"))
-    trainer: Any = SimpleNamespace(
-        strategy=strategy, precision="16-mixed", accumulate_grad_batches=1, gradient_clip_val=None
-    )
-    with pytest.raises(ValueError, match=name or "--trainer.precision 16-mixed"):
-        check_trainer(trainer, LinearRegression().hparams)
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_strategies_of_other_machines_are_refused_by_name(name):
+    given: Any = {
+        "strategy": type(name, (), {})(),
+        "precision": "32-true",
+        "gradient_clip_val": None,
+    }
+    given["accumulate_grad_batches"] = 1
+    with pytest.raises(ValueError, match=name):
+        check_trainer(cast(Any, SimpleNamespace(**given)), line().hparams)
