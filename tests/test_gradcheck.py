@@ -266,7 +266,7 @@ def test_the_model_is_left_as_it_was(context):
     before = copy.deepcopy(state(model)), model.training
     with context():
         report = check_gradients(model, *rows)
-    assert max(p.error for p in report.parameters) < 1e-13  # a float32 model, checked in float64
+    assert max(p.error for p in report.parameters) < 1e-8  # a float32 model, checked in float64
     assert equal(state(model), before[0]) and model.training
 
 

@@ -24,10 +24,11 @@ from torch.optim import Optimizer
 from lightning_gd.batch import DataBatch, batches_of, call, is_current, tensors
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum, world_size
-from lightning_gd.gradcheck.bench import Loss, RandomState, Weights, converted, twin
+from lightning_gd.gradcheck.bench import Loss, Weights
 from lightning_gd.gradcheck.check import check_formula, loss_of_step
 from lightning_gd.gradcheck.delivered import Delivery, Part, check_delivered
 from lightning_gd.gradcheck.report import GradientError, GradientReport
+from lightning_gd.gradcheck.twin import RandomState, converted, twin
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.moments import MomentsBatch
 from lightning_gd.settings import one_of, whole_number
@@ -335,18 +336,14 @@ def draw(content: Any, rows: int, seed: int) -> Any:
 
 
 def print_report(report: GradientReport, title: str) -> None:
-    """Print one row per parameter: its gradient, against autograd and against differences."""
+    """Print one row per parameter: the slopes along a direction, and the verdict."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for name in ("parameter", "gradient", "error", "bound", "autograd", "differences", ""):
+    kinds = list(dict.fromkeys(kind for p in report.parameters for kind in p.slopes))
+    for name in ("parameter", *kinds, "error", "bound", ""):
         table.add_column(name, justify="left" if name in ("parameter", "") else "right")
     for p in report.parameters:
-        numbers = (
-            f"{p.size:.4g}",
-            f"{p.error:.1e}",
-            f"{p.bound:.1e}",
-            *map("{:.6g}".format, p.slopes),
-        )
-        table.add_row(escape(p.name), *numbers, p.verdict)
+        slopes = (f"{p.slopes[kind]:.7g}" if kind in p.slopes else "" for kind in kinds)
+        table.add_row(escape(p.name), *slopes, f"{p.error:.1e}", f"{p.bound:.1e}", p.verdict)
     console = Console()
     console.print(table)
     for line in filter(None, [report.note]):

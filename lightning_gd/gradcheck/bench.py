@@ -1,61 +1,26 @@
 """A copy of a model whose loss, gradients and slopes can be asked for at any weights."""
 
-import copy
 import math
-import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_gd.batch import call, tensors
 from lightning_gd.gradcheck.diagnosis import largest
+from lightning_gd.gradcheck.twin import RandomState, converted, shaken, twin
 
 # Rounding per term of a sum, relative to the gradient. Terms that cancel are larger than it: 16 eps
 # were exceeded by 3 of 19,000 random models. Mistakes are 1e-3 and more.
 ROUNDING = 1024
 FARTHEST = 8  # times the size of a parameter, or 1: the longest direction
 LENGTHS = [8.0**power for power in range(-7, 3)]  # tried for a random step
+FORMULA, AUTOGRAD = "explicit", "autograd"  # kinds of gradients
 
 Weights = dict[str, Tensor]
 Loss = Callable[[Any, Any], Tensor]  # of a model and a batch, shape []
-
-
-class RandomState(NamedTuple):
-    """The state of every generator that a training step may draw from."""
-
-    cpu: Tensor
-    cuda: list[Tensor]
-    python: Any
-    numpy: Any
-
-    @classmethod
-    def now(cls) -> "RandomState":
-        """Return the present state."""
-        cuda = torch.cuda.get_rng_state_all()
-        return cls(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())
-
-    @classmethod
-    def seeded(cls, seed: int) -> "RandomState":
-        """Return the state after a seed; the present one stays."""
-        with isolate_rng():
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            return cls.now()
-
-    def restore(self) -> None:
-        """Continue from this state."""
-        torch.set_rng_state(self.cpu)
-        torch.cuda.set_rng_state_all(self.cuda)
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
 
 
 class Point(NamedTuple):
@@ -64,8 +29,7 @@ class Point(NamedTuple):
     weights: Weights
     loss: float
     noise: float  # of the loss: what rounding the weights changes
-    autograd: Weights
-    explicit: Weights  # empty without a formula
+    gradients: dict[str, Weights]  # by kind: those of FORMULA, if there is one, and AUTOGRAD
 
 
 class Bench:
@@ -110,24 +74,25 @@ class Bench:
         self.steps = [self.eps ** (1 / 3) * factor for factor in (1, 1 / 16, 16)]
 
     def measure(self, weights: Weights, method: str | None = None) -> Point:
-        """Return the loss, its gradient by autograd, and the explicit one of a method."""
+        """Return the loss, its gradient by autograd, and that of the formula of a method."""
         self._place(weights)
         loss = self._watched(self._loss, "loss")
         if loss.numel() != 1:
             raise ValueError(f"it has shape {list(loss.shape)}, and a loss is one number")
         if not loss.isfinite():
             raise ValueError(f"it is {loss.item()} on this batch")
-        if not self.functions:
-            self.functions = functions_behind(loss, self.parameters)
+        self.functions = self.functions or functions_behind(loss, self.parameters)
         found = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
-        autograd = dict(zip(self.parameters, found, strict=True))
-        explicit = self.explicit(method) if method else {}
+        gradients = {AUTOGRAD: dict(zip(self.parameters, found, strict=True))}
+        if method:
+            gradients[FORMULA] = self.formula(method, weights)
         value = loss.item() if self._reference is self._loss else self.loss(weights)
-        return Point(weights, value, self._noise(weights, value), autograd, explicit)
+        return Point(weights, value, self._noise(weights, value), gradients)
 
     @torch.no_grad()
-    def explicit(self, method: str) -> Weights:
-        """Return the explicit gradients of a method at the weights of the last call."""
+    def formula(self, method: str, weights: Weights) -> Weights:
+        """Return the gradients that a method gives."""
+        self._place(weights)
         found = self._watched(lambda model, batch: call(getattr(model, method), batch), method)
         found = found[1] if method == "loss_and_gradients" else found
         return {name: gradient.detach().clone() for name, gradient in found.items()}
@@ -166,8 +131,25 @@ class Bench:
     def length(self, point: Point, name: str) -> float:
         """Return the length of a step of a parameter that changes the loss by its size."""
         size = FARTHEST * max(largest(point.weights[name]), 1.0)
-        slope = float(point.autograd[name].norm())
+        slope = float(point.gradients[AUTOGRAD][name].norm())
         return min(size, abs(point.loss) / slope) if slope * abs(point.loss) > 0 else size
+
+    def way(self, point: Point, name: str, along: float = 1.0) -> Tensor:
+        """Return a direction of the parameter's length, along its gradient and a random one."""
+        gradient = point.gradients[AUTOGRAD][name].nan_to_num(0, 0, 0)
+        other, size = self.random(gradient), gradient.norm()
+        direction = other / other.norm() + (along * gradient / size if size > 0 else 0.0)
+        if not direction.norm() > 0.1:  # the two point against each other
+            direction = other
+        return direction * (self.length(point, name) / direction.norm())
+
+    def ways(self, point: Point, name: str) -> Iterator[Tensor]:
+        """Return three directions: along the gradient, random, and against it."""
+        return (self.way(point, name, along) for along in (1.0, 0.0, -1.0))
+
+    def slopes(self, point: Point, kind: str, way: Weights) -> list[float]:
+        """Return the slope that a gradient gives along each parameter's direction."""
+        return [float((point.gradients[kind][n] * v).sum()) for n, v in way.items()]
 
     def moved(self, loss: float) -> Weights:
         """Return the weights after a random step that changes the loss by half of its size.
@@ -233,76 +215,6 @@ class Bench:
 
 def _same(now: Tensor, before: Tensor) -> bool:
     return bool(((now == before) | (now != now) & (before != before)).all())
-
-
-def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
-    """Return a copy of a module in another dtype; what it logs is not logged."""
-    memo: dict[int, Any] = {
-        id(t): t.detach().clone()  # results that a module keeps cannot be copied with their graph
-        for module in model.modules()
-        for t in tensors(list(vars(module).values()))
-        if not t.is_leaf
-    }
-    copied: Any = copy.deepcopy(model, memo)
-    if any(p.device.type == "mps" for p in model.parameters()) and dtype is torch.float64:
-        copied = copied.to("cpu")
-    copied = copied.to(dtype)
-    for module in copied.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                setattr(module, name, converted(value, dtype))
-    if isinstance(copied, LightningModule):
-        _silence(copied, model)
-    return copied
-
-
-def _silence(copied: Any, model: Any) -> None:
-    for name in ("log", "log_dict", "print"):
-        setattr(copied, name, lambda *args, **kwargs: None)
-    for name in ("forward", "training_step"):  # compiled ones belong to the model
-        vars(copied).pop(name, None)
-    try:
-        copied.trainer = model.trainer
-    except RuntimeError:  # a model without a Trainer
-        pass
-
-
-def converted(batch: Any, dtype: torch.dtype | None) -> Any:
-    """Return a copy of a batch with its floating tensors in a dtype; labels keep theirs."""
-
-    def copied(values: Tensor) -> Tensor:
-        values = values.detach().clone()
-        if dtype is torch.float64 and values.device.type == "mps":
-            values = values.cpu()
-        return values.to(dtype) if values.is_floating_point() else values
-
-    return apply_to_collection(batch, Tensor, copied)
-
-
-def shaken(content: Any, eps: float, source: torch.Generator) -> Any:
-    """Change every floating number by a relative random error, and all of a tensor by another."""
-
-    def shake(values: Tensor) -> Tensor:
-        if not values.is_floating_point():
-            return values
-        each = torch.randn(values.shape, generator=source) + torch.randn((), generator=source)
-        return values * (1 + eps * each.to(values))
-
-    return apply_to_collection(content, Tensor, shake)
-
-
-@contextmanager
-def isolated() -> Iterator[None]:
-    """Let autograd work inside a `with` block, eagerly, without a trace in the random state."""
-    with (
-        isolate_rng(),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        yield
 
 
 def functions_behind(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, set[str]]:

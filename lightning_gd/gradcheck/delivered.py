@@ -8,17 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_gd.gradcheck.bench import (
-    Loss,
-    RandomState,
-    Weights,
-    converted,
-    isolated,
-    shaken,
-    twin,
-)
+from lightning_gd.gradcheck.bench import Loss, Weights
 from lightning_gd.gradcheck.diagnosis import largest, name_reduction
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
+from lightning_gd.gradcheck.twin import RandomState, converted, isolated, shaken, twin
 
 SHAKES = 4  # times that weights and rows are changed in their last digit
 # Errors of sums that are rounded at every step, in units of what one rounding of the weights and
@@ -112,7 +105,7 @@ def _means(
     precision = delivery.precision if not shakes else nullcontext
     means = []
     for k in range(shakes + 1):
-        with isolated():
+        with isolated(dtype):
             with precision():
                 sums = _gradients(model, delivery.parts, names, dtype, delivery.eps * bool(k), k)
         pieces = delivery.mean(sums).double().split([shape.numel() for shape in shapes])

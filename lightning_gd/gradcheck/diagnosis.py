@@ -1,7 +1,7 @@
-"""Names what is wrong with an explicit gradient, from how it differs from the right one."""
+"""Names what is wrong with a gradient, from how it differs from the right one."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ CUT = (
 )
 FACTORS = {1.0: "", 2.0: "a factor 2 too much", 0.5: "a factor 2 is missing (½)"}
 
-Pair = tuple[Tensor, Tensor]  # explicit, autograd
+Slope = Callable[[Tensor], tuple[float, float]]  # along a direction, and how uncertain it is
 
 
 def malformed(name: str, explicit: Mapping[str, Tensor], truth: Tensor) -> str | None:
@@ -24,29 +24,83 @@ def malformed(name: str, explicit: Mapping[str, Tensor], truth: Tensor) -> str |
         return f"missing: gradients returned only {list(explicit)}"
     value = explicit[name]
     if value.shape == truth.shape:
-        return None
+        finite = value.isfinite().all() or not truth.isfinite().all()
+        return None if finite else worst_entry("explicit", value, truth)
     shapes = f"shape {list(value.shape)} where {list(truth.shape)} is wanted"
     return f"transposed: {shapes}" if value.ndim == 2 and alike(value.T, truth) else shapes
 
 
-def name_mistake(pairs: Sequence[Pair], wrong: Pair, rows: int, noise: float) -> str:
-    """Name the mistake behind wrong numbers.
+class Suspect:
+    """A gradient that is wrong at one of two points, and the right slopes there.
 
-    `pairs` are the gradients on N rows before and after a random step, `wrong` the one of them
-    that was found to differ.
+    Args:
+        kind: `explicit` or `autograd`, for the words.
+        found: The gradient before and after a random step.
+        truth: Functions that return the right slope along a direction, and its uncertainty.
+        ways: Function that returns directions in which to look at a point.
+        near: The relative error of the right slopes.
     """
-    given, moved = pairs
-    measured = [pair for pair in (moved, given) if largest(pair[1]) > noise]
-    factors = [k for pair in measured if (k := ratio(*pair, noise)) is not None]
-    if factors and len(factors) == len(measured):
-        same = math.isclose(factors[0], factors[-1], rel_tol=ALIKE)
-        if same and (words := name_factor(factors[0], rows, moved[1].numel())):
-            return words
-    if largest(given[0]) > noise and alike(given[0], moved[0]):
-        return "stale: the same at other weights"
-    if moved[1].ndim == 2 and alike(moved[0].T, moved[1], noise):
-        return "transposed"
-    return _worst_entry("explicit", *wrong)
+
+    def __init__(
+        self,
+        kind: str,
+        found: tuple[Tensor, Tensor],
+        truth: tuple[Slope, Slope],
+        ways: Callable[[int], Iterator[Tensor]],
+        near: float,
+    ) -> None:
+        self.kind, self.found, self.truth, self.ways, self.near = kind, found, truth, ways, near
+
+    def name_mistake(self, rows: int) -> str | None:
+        """Name a usual mistake in the gradient of a mean over so many rows."""
+        given, moved = self.found
+        for gradient in (moved, given):
+            if not gradient.isfinite().all():
+                return f"{self.kind} gives {gradient[~gradient.isfinite()][0].item()}"
+        factors = [self._factor(point) for point in (1, 0)]
+        known = [k for k in factors if k is not None]
+        if known and not math.isnan(sum(known)):
+            same = math.isclose(known[0], known[-1], rel_tol=self.near, abs_tol=self.near)
+            if same and (words := name_factor(known[0], rows, moved.numel(), self.near)):
+                return words
+        if largest(given) and alike(given, moved):
+            return "stale: the same at other weights"
+        square = moved.ndim == 2 and len(moved) == len(moved.T)
+        if square and self._fits(moved.T, torch.ones_like(moved)):
+            return "transposed"
+        return self._slice()
+
+    def _factor(self, point: int) -> float | None:
+        """Return the k of gradient = k · truth; nan if there is none, None where both vanish."""
+        factors = []
+        for way in self.ways(point):
+            slope, doubt = self.truth[point](way)
+            if not abs(slope) > 8 * doubt:
+                return None
+            factors.append(float((self.found[point] * way).sum()) / slope)
+        k = sorted(factors)[len(factors) // 2]
+        same = all(math.isclose(k, f, rel_tol=self.near, abs_tol=self.near) for f in factors)
+        return k if same else math.nan
+
+    def _fits(self, gradient: Tensor, mask: Tensor) -> bool:
+        """Tell whether a gradient has the right slopes along directions inside a mask."""
+        for way in self.ways(1):
+            slope, doubt = self.truth[1](way * mask)
+            size = float((gradient * way).abs().sum())
+            if abs(float((gradient * way * mask).sum()) - slope) > doubt + self.near * size:
+                return False
+        return True
+
+    def _slice(self) -> str | None:
+        """Return the first or last slice along a dimension outside which the gradient is right."""
+        gradient = self.found[1]
+        for dim, size in enumerate(gradient.shape):
+            for index, word in ((0, "first"), (size - 1, "last")) if size > 1 else ():
+                at = torch.tensor([index], device=gradient.device)
+                rest = torch.ones_like(gradient).index_fill(dim, at, 0)
+                if self._fits(gradient, rest):
+                    return f"wrong only in the {word} slice of dimension {dim}"
+        return None
 
 
 def name_factor(factor: float, rows: int, numbers: int, near: float = ALIKE) -> str | None:
@@ -56,10 +110,14 @@ def name_factor(factor: float, rows: int, numbers: int, near: float = ALIKE) -> 
         return "it is zero, the term is left out"
     known = [(rows, 1.0), *((n, k) for n in (1, rows) for k in FACTORS)]
     fits = [(n, k) for n, k in known if math.isclose(size, n * k, rel_tol=near)]
-    if math.isclose(factor, 1, rel_tol=near) or not fits and numbers == 1:
+    twice = math.isclose(size * rows, 1, rel_tol=near)
+    if math.isclose(factor, 1, rel_tol=near) or not fits and not twice and numbers == 1:
         return None
     count, part = fits[0] if fits else (1, size)
     words = [f"{factor:.6g} times the gradient of loss"]
+    if not fits and twice:
+        part = 1.0
+        words.append(f"divided by the number of rows twice (N = {rows})")
     if count > 1:
         two = ", or a factor 2 too much" if rows == 2 == count * part else ""
         words.append(f"the sum over the rows instead of the mean (N = {rows}){two}")
@@ -68,7 +126,7 @@ def name_factor(factor: float, rows: int, numbers: int, near: float = ALIKE) -> 
     return ", ".join([*words, "the sign is wrong"] if factor < 0 else words)
 
 
-def _worst_entry(name: str, actual: Tensor, expected: Tensor) -> str:
+def worst_entry(name: str, actual: Tensor, expected: Tensor) -> str:
     """Return the entry that differs most, with both numbers."""
     k = int((actual - expected).abs().argmax())
     index = [int(i) for i in torch.unravel_index(torch.tensor(k), expected.shape)]
@@ -93,7 +151,7 @@ def name_reduction(
     if several:
         uneven = " or ".join(several)
         return f"no factor fits: the reduction is missing, or weights uneven {uneven} alike"
-    return _worst_entry("p.grad", actual, expected)
+    return worst_entry("p.grad", actual, expected)
 
 
 def alike(actual: Tensor, expected: Tensor, noise: float = 0.0) -> bool:

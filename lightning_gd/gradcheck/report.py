@@ -1,7 +1,8 @@
 """What a gradient check found, as numbers, as text and as an exception."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 MOST_SHOWN = 20  # lines of parameters that are right
 
@@ -19,7 +20,7 @@ class ParameterReport:
     size: float = 0.0  # largest entry of the expected gradient
     bound: float = math.nan  # largest error that rounding explains
     diagnosis: str | None = None  # what is wrong
-    slopes: tuple[float, float] = (math.nan, math.nan)  # along a direction: autograd, differences
+    slopes: Mapping[str, float] = field(default_factory=dict)  # of the loss along a direction
 
     @property
     def tested(self) -> bool:

@@ -1,0 +1,172 @@
+"""Compares the gradients of a model at two points with differences of its loss."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightning_gd.batch import is_current
+from lightning_gd.gradcheck.bench import AUTOGRAD, FORMULA, Bench, Point
+from lightning_gd.gradcheck.diagnosis import (
+    ALIKE,
+    CUT,
+    DIFFERS,
+    STALE,
+    Suspect,
+    alike,
+    largest,
+    malformed,
+    worst_entry,
+)
+from lightning_gd.gradcheck.report import GradientReport, ParameterReport
+
+FEW, GROUPS = 8, 2  # more parameters than so many are asked together, in so many groups
+ROUGH = 1e-4  # of the slope: an uncertainty of this size is no reason for further calls
+NEAR = 1e-3  # of factors that are found by differences
+
+
+class Comparison:
+    """The gradients of a model before and after a random step, compared with differences."""
+
+    def __init__(self, bench: Bench, explicit: bool) -> None:
+        fused = is_current(type(bench.model), "loss_and_gradients")
+        self.method = ("loss_and_gradients" if fused else "gradients") if explicit else None
+        self.bench, self.kinds = bench, [FORMULA, AUTOGRAD] if explicit else [AUTOGRAD]
+        given = bench.measure(bench.start, self.method)
+        self.points = given, bench.measure(bench.moved(given.loss), self.method)
+        self.wrong: dict[str, set[str]] = {kind: set() for kind in self.kinds}
+
+    def report(self) -> GradientReport:
+        """Return the verdict on each parameter."""
+        bench, given = self.bench, self.points[0].gradients
+        words = self._malformed() if self.method else dict.fromkeys(bench.trained)
+        found: dict[str, list[ParameterReport]] = {name: [] for name in words}
+        sound = [name for name in words if not words[name]]
+        for point, groups in zip(self.points, (1, GROUPS), strict=True):
+            for names in _groups(sound, groups):
+                for report in self._compare(point, names):
+                    found[report.name].append(report)
+        if self.method:
+            words |= self._not_repeated(sound)
+        final = []
+        for name, reports in found.items():
+            best = max(reports, key=_clarity, default=ParameterReport(name))
+            final.append(replace(best, diagnosis=words[name] or self._name(name)))
+        known = f"unknown name: named_parameters() are {list(bench.start)}"
+        unknown = [name for name in given[self.kinds[0]] if name not in bench.start]
+        final += [ParameterReport(name, diagnosis=known) for name in unknown]
+        behind = frozenset(set().union(*bench.functions.values()))
+        return GradientReport(tuple(final), functions=behind)
+
+    def _malformed(self) -> dict[str, str | None]:
+        """Say what is wrong with the form of each gradient of the formula."""
+        given, bench = self.points[0].gradients, self.bench
+        names = [n for n in bench.start if n in bench.trained or n in given[FORMULA]]
+        return {n: malformed(n, given[FORMULA], given[AUTOGRAD][n]) for n in names}
+
+    def _not_repeated(self, names: Sequence[str]) -> dict[str, str | None]:
+        """Say of which parameters a second call of the formula gives another gradient."""
+        moved, changed = self.points[1], ", ".join(sorted(self.bench.changed))
+        again = self.bench.formula("gradients", moved.weights)
+        same = {n: n in again and alike(again[n], moved.gradients[FORMULA][n]) for n in names}
+        if self.method == "loss_and_gradients":
+            return {n: DIFFERS for n in names if not same[n] and n not in self.wrong[FORMULA]}
+        return {n: changed or STALE for n in names if changed or not same[n]}
+
+    def _compare(self, point: Point, names: list[str]) -> Iterator[ParameterReport]:
+        """Compare slopes along one direction of all parameters, and of each where they differ."""
+        bench = self.bench
+        way = {name: bench.way(point, name) for name in names}
+        slopes = {kind: bench.slopes(point, kind, way) for kind in self.kinds}
+        size = max(sum(map(abs, values)) for values in slopes.values())
+        rounding = bench.rounding * max(size, abs(point.loss))
+        for exact in (ROUGH * size, 0.0):  # more lengths are tried before it is called wrong
+            slope, doubt = bench.slope(point, way, exact)
+            bound = doubt + rounding
+            errors = {kind: abs(sum(values) - slope) for kind, values in slopes.items()}
+            if all(error <= bound for error in errors.values()):
+                break
+        alone, first = len(names) == 1, errors[self.kinds[0]]
+        wrong = [kind for kind, error in errors.items() if not error <= bound]
+        for name in names:
+            length = bench.length(point, name)
+            size = float(point.gradients[AUTOGRAD][name].norm())
+            shown = {kind: sum(values) / length for kind, values in slopes.items()}
+            shown["differences"] = slope / length
+            report = ParameterReport(name, first / length, size, bound / length, slopes=shown)
+            vanishes = size <= bench.rounding * abs(point.loss)
+            if not alone and (wrong or not report.tested and not vanishes):
+                yield from self._compare(point, [name])
+                continue
+            for kind in wrong:
+                self.wrong[kind].add(name)
+            yield report
+
+    def _name(self, name: str) -> str | None:
+        """Name the mistake in the gradient of one parameter, if there is one."""
+        formula, autograd = (name in self.wrong.get(kind, ()) for kind in (FORMULA, AUTOGRAD))
+        if autograd and self.method:
+            return f"{CUT}; explicit is {'wrong too' if formula else 'right'}"
+        if not formula and not autograd:
+            return None
+        kind = self.kinds[0]
+        found = tuple(point.gradients[kind][name] for point in self.points)
+        right = tuple(point.gradients[AUTOGRAD][name] for point in self.points)
+        truth = tuple(self._truth(point, name) for point in self.points)
+        suspect = Suspect(
+            kind,
+            found,  # pyright: ignore[reportArgumentType]
+            truth,  # pyright: ignore[reportArgumentType]
+            lambda k: self.bench.ways(self.points[k], name),
+            ALIKE if formula else NEAR,
+        )
+        words = suspect.name_mistake(self.bench.rows)
+        if not self.method and not self._repeats(name):
+            words = STALE
+        if formula:
+            errors = [largest(a - b) for a, b in zip(found, right, strict=True)]
+            worst = errors.index(max(errors))
+            return words or worst_entry(kind, found[worst], right[worst])
+        return f"{words or self._values(name)}{self._blamed()}"
+
+    def _repeats(self, name: str) -> bool:
+        """Tell whether a second backward pass gives the same."""
+        moved = self.points[1]
+        again = self.bench.measure(moved.weights).gradients[AUTOGRAD][name]
+        return not again.isfinite().all() or alike(again, moved.gradients[AUTOGRAD][name])
+
+    def _truth(self, point: Point, name: str) -> Any:
+        """Return the function of a direction that returns the right slope, and its uncertainty."""
+        if self.method:
+            right = point.gradients[AUTOGRAD][name]
+            noise = self.bench.rounding * max(largest(right), abs(point.loss))
+            return lambda way: (float((right * way).sum()), noise * float(way.norm()))
+        return lambda way: self.bench.slope(point, {name: way}, 0.0)
+
+    def _values(self, name: str) -> str:
+        point = self.points[1]
+        way = {name: self.bench.way(point, name, along=0.0)}
+        slope, _ = self.bench.slope(point, way, 0.0)
+        mine = sum(self.bench.slopes(point, AUTOGRAD, way))
+        words = f"no usual mistake fits; along a random direction autograd gives {mine:.6g}"
+        words += f" and differences {slope:.6g}"
+        return words if self.bench.functions.get(name) else f"{CUT}; {words}"
+
+    def _blamed(self) -> str:
+        """Return the custom Functions that only the wrong gradients pass through."""
+        behind, wrong = self.bench.functions, self.wrong[AUTOGRAD]
+        passed = [behind.get(name, set()) for name in wrong]
+        right = [behind.get(name, set()) for name in self.bench.trained if name not in wrong]
+        common = set.intersection(*passed)
+        names = common - set().union(*right) or common
+        return f"; it passes through {', '.join(sorted(names))}" if names else ""
+
+
+def _clarity(report: ParameterReport) -> float:
+    return report.size / (report.bound or 1.0)
+
+
+def _groups(names: Sequence[str], count: int) -> list[list[str]]:
+    if len(names) <= FEW and count > 1:
+        return [[name] for name in names]
+    size = max(1, -(-len(names) // count))
+    return [list(names[i : i + size]) for i in range(0, len(names), size)]

@@ -1,0 +1,125 @@
+"""Copies of modules and batches in another dtype, and the state that a call of them depends on."""
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_gd.batch import tensors
+
+
+class RandomState(NamedTuple):
+    """The state of every generator that a training step may draw from."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def now(cls) -> "RandomState":
+        """Return the present state."""
+        cuda = torch.cuda.get_rng_state_all()
+        return cls(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())
+
+    @classmethod
+    def seeded(cls, seed: int) -> "RandomState":
+        """Return the state after a seed; the present one stays."""
+        with isolate_rng():
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            return cls.now()
+
+    def restore(self) -> None:
+        """Continue from this state."""
+        torch.set_rng_state(self.cpu)
+        torch.cuda.set_rng_state_all(self.cuda)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+
+
+def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
+    """Return a copy of a module in another dtype; what it logs is not logged."""
+    memo: dict[int, Any] = {
+        id(t): t.detach().clone()  # results that a module keeps cannot be copied with their graph
+        for module in model.modules()
+        for t in tensors(list(vars(module).values()))
+        if not t.is_leaf
+    }
+    copied: Any = copy.deepcopy(model, memo)
+    if any(p.device.type == "mps" for p in model.parameters()) and dtype is torch.float64:
+        copied = copied.to("cpu")
+    copied = copied.to(dtype)
+    for module in copied.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                setattr(module, name, converted(value, dtype))
+    if isinstance(copied, LightningModule):
+        _silence(copied, model)
+    return copied
+
+
+def _silence(copied: Any, model: Any) -> None:
+    for name in ("log", "log_dict", "print"):
+        setattr(copied, name, lambda *args, **kwargs: None)
+    for name in ("forward", "training_step"):  # compiled ones belong to the model
+        vars(copied).pop(name, None)
+    try:
+        copied.trainer = model.trainer
+    except RuntimeError:  # a model without a Trainer
+        pass
+
+
+def converted(batch: Any, dtype: torch.dtype | None) -> Any:
+    """Return a copy of a batch with its floating tensors in a dtype; labels keep theirs."""
+
+    def copied(values: Tensor) -> Tensor:
+        values = values.detach().clone()
+        if dtype is torch.float64 and values.device.type == "mps":
+            values = values.cpu()
+        return values.to(dtype) if values.is_floating_point() else values
+
+    return apply_to_collection(batch, Tensor, copied)
+
+
+def shaken(content: Any, eps: float, source: torch.Generator) -> Any:
+    """Change every floating number by a relative random error, and all of a tensor by another."""
+
+    def shake(values: Tensor) -> Tensor:
+        if not values.is_floating_point():
+            return values
+        each = torch.randn(values.shape, generator=source) + torch.randn((), generator=source)
+        return values * (1 + eps * each.to(values))
+
+    return apply_to_collection(content, Tensor, shake)
+
+
+@contextmanager
+def isolated(dtype: torch.dtype) -> Iterator[None]:
+    """Let autograd work inside a `with` block, eagerly, without a trace in the random state.
+
+    New tensors are of that dtype, as Lightning has it in each precision.
+    """
+    usual = torch.get_default_dtype()
+    with (
+        isolate_rng(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(usual)
