@@ -74,32 +74,38 @@ class Comparison:
 
     def _compare(self, point: Point, names: list[str]) -> Iterator[ParameterReport]:
         """Compare slopes along one direction of all parameters, and of each where they differ."""
-        bench = self.bench
-        way = {name: bench.way(point, name) for name in names}
-        slopes = {kind: bench.slopes(point, kind, way) for kind in self.kinds}
-        size = max(sum(map(abs, values)) for values in slopes.values())
-        rounding = bench.rounding * max(size, abs(point.loss))
-        for exact in (ROUGH * size, 0.0):  # more lengths are tried before it is called wrong
-            slope, doubt = bench.slope(point, way, exact)
-            bound = doubt + rounding
-            errors = {kind: abs(sum(values) - slope) for kind, values in slopes.items()}
-            if all(error <= bound for error in errors.values()):
-                break
-        alone, first = len(names) == 1, errors[self.kinds[0]]
-        wrong = [kind for kind, error in errors.items() if not error <= bound]
+        slopes, errors, bound = self._slopes(point, names)
+        wrong = [kind for kind in self.kinds if not errors[kind] <= bound]  # also nan
         for name in names:
-            length = bench.length(point, name)
+            length = self.bench.length(point, name)
             size = float(point.gradients[AUTOGRAD][name].norm())
-            shown = {kind: sum(values) / length for kind, values in slopes.items()}
-            shown["differences"] = slope / length
-            report = ParameterReport(name, first / length, size, bound / length, slopes=shown)
-            vanishes = size <= bench.rounding * abs(point.loss)
-            if not alone and (wrong or not report.tested and not vanishes):
+            shown = {kind: slope / length for kind, slope in slopes.items()}
+            error = errors[self.kinds[0]] / length
+            report = ParameterReport(name, error, size, bound / length, slopes=shown)
+            vanishes = size <= self.bench.rounding * abs(point.loss)
+            if len(names) > 1 and (wrong or not report.tested and not vanishes):
                 yield from self._compare(point, [name])
                 continue
             for kind in wrong:
                 self.wrong[kind].add(name)
             yield report
+
+    def _slopes(
+        self, point: Point, names: list[str]
+    ) -> tuple[dict[str, float], dict[str, float], float]:
+        """Return the slopes by all means, the error of each gradient's, and what explains it."""
+        bench, errors, bound = self.bench, {}, 0.0
+        way = {name: bench.way(point, name) for name in names}
+        parts = {kind: bench.slopes(point, kind, way) for kind in self.kinds}
+        slopes = {kind: sum(values) for kind, values in parts.items()}
+        size = max(sum(map(abs, values)) for values in parts.values())
+        for exact in (ROUGH * size, 0.0):  # more lengths are tried before it is called wrong
+            slopes["differences"], doubt = bench.slope(point, way, exact)
+            errors = {kind: abs(slopes[kind] - slopes["differences"]) for kind in self.kinds}
+            bound = doubt + bench.rounding * max(size, abs(point.loss))
+            if all(error <= bound for error in errors.values()):
+                break
+        return slopes, errors, bound
 
     def _name(self, name: str) -> str | None:
         """Name the mistake in the gradient of one parameter, if there is one."""
@@ -108,24 +114,17 @@ class Comparison:
             return f"{CUT}; explicit is {'wrong too' if formula else 'right'}"
         if not formula and not autograd:
             return None
-        kind = self.kinds[0]
-        found = tuple(point.gradients[kind][name] for point in self.points)
-        right = tuple(point.gradients[AUTOGRAD][name] for point in self.points)
-        truth = tuple(self._truth(point, name) for point in self.points)
-        suspect = Suspect(
-            kind,
-            found,  # pyright: ignore[reportArgumentType]
-            truth,  # pyright: ignore[reportArgumentType]
-            lambda k: self.bench.ways(self.points[k], name),
-            ALIKE if formula else NEAR,
-        )
+        kind, points = self.kinds[0], self.points
+        found, right = ([p.gradients[k][name] for p in points] for k in (kind, AUTOGRAD))
+        truth = [self._truth(point, name) for point in points]
+        near = ALIKE if formula else NEAR
+        suspect = Suspect(kind, found, truth, lambda k: self.bench.ways(points[k], name), near)
         words = suspect.name_mistake(self.bench.rows)
         if not self.method and not self._repeats(name):
             words = STALE
         if formula:
-            errors = [largest(a - b) for a, b in zip(found, right, strict=True)]
-            worst = errors.index(max(errors))
-            return words or worst_entry(kind, found[worst], right[worst])
+            worst = max(zip(found, right, strict=True), key=lambda pair: largest(pair[0] - pair[1]))
+            return words or worst_entry(kind, *worst)
         return f"{words or self._values(name)}{self._blamed()}"
 
     def _repeats(self, name: str) -> bool:

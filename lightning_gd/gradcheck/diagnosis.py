@@ -1,7 +1,7 @@
 """Names what is wrong with a gradient, from how it differs from the right one."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,8 +44,8 @@ class Suspect:
     def __init__(
         self,
         kind: str,
-        found: tuple[Tensor, Tensor],
-        truth: tuple[Slope, Slope],
+        found: Sequence[Tensor],
+        truth: Sequence[Slope],
         ways: Callable[[int], Iterator[Tensor]],
         near: float,
     ) -> None:
