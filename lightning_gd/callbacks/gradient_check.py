@@ -3,39 +3,29 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning_utilities import apply_to_collection
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_gd.batch import DataBatch, batches_of, call, is_current, tensors
-from lightning_gd.data.tensors import tensor_data
+from lightning_gd.batch import Updates, batches_of
+from lightning_gd.callbacks.checked_update import Update, draw, own_loss
 from lightning_gd.distributed import reduce_sum, world_size
-from lightning_gd.gradcheck.bench import Loss, Weights
-from lightning_gd.gradcheck.check import check_formula, loss_of_step
-from lightning_gd.gradcheck.delivered import Delivery, Part, check_delivered
+from lightning_gd.gradcheck.check import check_formula
+from lightning_gd.gradcheck.delivered import Part, check_delivered
 from lightning_gd.gradcheck.report import GradientError, GradientReport
 from lightning_gd.gradcheck.twin import RandomState, converted, twin
 from lightning_gd.module import GradientDescentModule
-from lightning_gd.moments import MomentsBatch
 from lightning_gd.settings import one_of, whole_number
 
 EARLY = (0, 1, 10, 100)  # updates that are always checked
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
-EPS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class GradientCheck(Callback):
@@ -85,7 +75,7 @@ class GradientCheck(Callback):
         self.checks = 0
         self.tested: dict[str, int] = {}
         self._first = -1  # `global_step` before the first of the batches kept
-        self._steps: list[tuple[Any, Any, int, RandomState]] = []  # batch, its copy, index, state
+        self._steps: list[tuple[Updates, int, RandomState]] = []  # their index, the state before
         self._due: float = math.inf  # the number of the next update to check
         self._before: nn.Module | None = None  # the module before the update
         self._said: set[str] = set()
@@ -123,8 +113,8 @@ class GradientCheck(Callback):
             self._look_ahead(trainer, pl_module, trainer.global_step)
         last = self._number(trainer, pl_module, trainer.global_step + len(batches_of(batch)) - 1)
         if last >= self._due:
-            copied = batch if own else converted(batch, None)
-            self._steps.append((batch, copied, batch_idx, RandomState.now()))
+            kept = batches_of(batch if own else converted(batch, None))
+            self._steps.append((kept, batch_idx, RandomState.now()))
             if self._before is None and not own:
                 self._before = twin(pl_module)
 
@@ -155,21 +145,52 @@ class GradientCheck(Callback):
     def _check(self, trainer: Trainer, module: Any, optimizer: Optimizer) -> None:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         named = {n: p for n, p in module.named_parameters() if id(p) in trained and p.requires_grad}
-        zero = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
-        if trainer.precision == "16-mixed" and not all(g.isfinite().all() for g in zero.values()):
+        found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
+        if trainer.precision == "16-mixed" and not all(g.isfinite().all() for g in found.values()):
             self._due += 1  # the scaler skips this update
             return
+        update = Update(trainer, module, self.loss, self.reference, optimizer)
+        agree = partial(_agree, device=module.device)
         with _muted(trainer):
-            before = self._as_it_was(module)
-            parts = self._parts(trainer, module, trainer.optimizers.index(optimizer))
-            report, trusted = self._formula(trainer, module, before, parts, set(named))
-            reports = [report]
-            if not self._is_wrong(trainer, report):
-                delivery = self._delivery(trainer, module, parts, zero)
-                agree = partial(_agree, device=module.device)
+            before, parts = self._as_it_was(module), self._parts(update)
+            report, trusted = self._formula(update, before, parts)
+            kept = tuple(p for p in report.parameters if p.name in named or update.explicit)
+            reports = [replace(report, parameters=kept)]
+            if not self._is_wrong(trainer, reports[0]):
+                delivery = update.delivery(parts, found)
                 reports.append(check_delivered(before, delivery, agree, agree(trusted)))
                 self._is_wrong(trainer, reports[1])
+        for text in (*(report.note for report in reports), update.uneven(parts, found)):
+            self._say(text)
         self._record(trainer, module, reports)
+
+    def _parts(self, update: Update) -> list[Part]:
+        """Return the local batches of this update, and the states that they begin with."""
+        kept = [
+            (batches, k, index, None if k else state)
+            for batches, index, state in self._steps
+            for k in range(len(batches))
+        ]
+        if not update.explicit:
+            return [update.part(batches[k], index, state) for batches, k, index, state in kept]
+        every = update.module.batches_per_update  # only these are gathered from the table
+        kept = kept[(update.trainer.global_step - self._first) * every :][:every]
+        states = [self._state, *[None] * every]
+        return [update.part(b[k], n, state) for (b, k, n, _), state in zip(kept, states, strict=False)]
+
+    def _formula(
+        self, update: Update, before: nn.Module, parts: list[Part]
+    ) -> tuple[GradientReport, bool]:
+        """Check the formula, or a hand-written backward; nothing on a process without rows."""
+        part = next((part for part in parts if part.weight), None)
+        if part is None:
+            return GradientReport(()), True
+        step, batch, state, loss = update.trainer.global_step, part.batch, part.state, part.loss
+        if update.own:
+            batch, state, loss = draw(batch, self.rows, step), RandomState.seeded(step), own_loss
+        explicit = update.explicit
+        report = check_formula(before, batch, loss, state or self._state, explicit, self.reference)
+        return report, explicit or not report.functions
 
     def _as_it_was(self, module: Any) -> nn.Module:
         """Return the module before the update, with its present weights."""
@@ -179,84 +200,6 @@ class GradientCheck(Callback):
             for old, new in zip(self._before.parameters(), module.parameters(), strict=True):
                 old.copy_(new)
         return self._before
-
-    def _parts(self, trainer: Trainer, module: Any, number: int) -> list[Part]:
-        """Return the local batches of this update, and how to ask for their loss."""
-        own, explicit = _kind(module)
-        kept = [
-            (batch_of, k, index, None if k else state)
-            for _, copied, index, state in self._steps
-            for batch_of in [batches_of(copied)]
-            for k in range(len(batch_of))
-        ]
-        if explicit:  # only these are gathered from the table
-            every = module.batches_per_update
-            kept = kept[(trainer.global_step - self._first) * every :][:every]
-        parts = []
-        for i, (batches, k, index, state) in enumerate(kept):
-            content = _content(trainer, module, batches[k])
-            weight = module.rows(content) if own else 1.0
-            state = (self._state if not i else None) if explicit else state
-            parts.append(Part(content, self._loss(module, number, index), weight, state))
-        return parts
-
-    def _loss(self, module: Any, number: int, batch_idx: int) -> Loss:
-        """Return how to ask the module, or a copy of it, for the loss of a batch."""
-        own, explicit = _kind(module)
-        given = self.loss[number] if isinstance(self.loss, list) else self.loss
-        if isinstance(given, str):
-            return lambda model, batch: getattr(model, given)(batch)
-        if given is not None:
-            return given
-        if not own:
-            return lambda model, batch: loss_of_step(model, batch, batch_idx)
-        # Unless one forward pass serves both, `gradients` draws random numbers after `loss`.
-        if explicit and not is_current(type(module), "loss_and_gradients"):
-            return lambda model, batch: [call(model.loss, batch), call(model.loss, batch)][1]
-        return lambda model, batch: call(model.loss, batch)
-
-    def _formula(
-        self, trainer: Trainer, module: Any, before: nn.Module, parts: list[Part], names: set[str]
-    ) -> tuple[GradientReport, bool]:
-        """Check the formula, or a hand-written backward; nothing on a process without rows."""
-        own, explicit = _kind(module)
-        part = next((part for part in parts if part.weight), None)
-        if part is None:
-            return GradientReport(()), True
-        step = trainer.global_step
-        batch = draw(part.batch, self.rows, seed=step) if own else part.batch
-        state = RandomState.seeded(step) if own else part.state or self._state
-        loss = _own_loss if explicit else part.loss
-        report = check_formula(before, batch, loss, state, explicit, self.reference)
-        kept = tuple(p for p in report.parameters if p.name in names or explicit)
-        if report.note:
-            self._say(report.note)
-        return GradientReport(kept, report.note), explicit or not report.functions
-
-    def _delivery(
-        self, trainer: Trainer, module: Any, parts: list[Part], gradients: Weights
-    ) -> Delivery:
-        own, explicit = _kind(module)
-        short = EPS.get(str(trainer.precision))
-        dtype = short if short and not explicit else next(iter(gradients.values())).dtype
-        batches = len(parts) if explicit else trainer.accumulate_grad_batches
-
-        def mean(sums: Tensor) -> Tensor:
-            if explicit:
-                sums = sums.sum(0, keepdim=True)
-            sums = reduce_sum(sums)
-            flat = (sums[:, :-1] / sums[:, -1:]).sum(0) / (1 if explicit else batches)
-            if explicit:  # p.grad is already clipped
-                pieces = flat.split([g.numel() for g in gradients.values()])
-                module.clip([SimpleNamespace(grad=piece) for piece in pieces])
-            return flat
-
-        if self.reference is not None:
-            parts = [replace(part, loss=self.reference) for part in parts]
-        known = {"processes": trainer.world_size, "accumulated batches": batches}
-        context = nullcontext if explicit else trainer.precision_plugin.forward_context
-        eps, replayed = torch.finfo(dtype).eps, not explicit and self.reference is None
-        return Delivery(gradients, parts, mean, known, context, eps, replayed)
 
     def _is_wrong(self, trainer: Trainer, report: GradientReport) -> bool:
         # All processes stop together, or one would wait for the others for ever.
@@ -285,19 +228,9 @@ class GradientCheck(Callback):
             logger.log_metrics(values, trainer.global_step)
 
     def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+        if text and text.partition(":")[0] not in self._said:
+            self._said.add(text.partition(":")[0])
             warnings.warn(f"GradientCheck: {text}", stacklevel=2)
-
-
-def _kind(module: Any) -> tuple[bool, bool]:
-    """Tell whether a module is a GradientDescentModule, and in explicit mode."""
-    own = isinstance(module, GradientDescentModule)
-    return own, own and not module.automatic_optimization
-
-
-def _own_loss(model: Any, batch: Any) -> Tensor:
-    return call(model.loss, batch)
 
 
 def _agree(holds: bool, device: torch.device) -> bool:
@@ -314,37 +247,3 @@ def _muted(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.loggers = loggers
-
-
-def _content(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """Return the content of a batch; for moments the local rows that they stand for."""
-    if isinstance(batch, MomentsBatch):
-        data: Any = tensor_data(trainer)
-        return move_data_to_device(data.local("train"), module.device)
-    return batch.content if isinstance(batch, DataBatch) else batch
-
-
-def draw(content: Any, rows: int, seed: int) -> Any:
-    """Return at most so many rows of a batch of any structure, drawn at random."""
-    count = len(next(tensors(content)))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:rows]
-
-    def pick(values: Tensor) -> Tensor:
-        return values[order.to(values.device)] if values.shape[:1] == (count,) else values
-
-    return apply_to_collection(content, Tensor, pick)
-
-
-def print_report(report: GradientReport, title: str) -> None:
-    """Print one row per parameter: the slopes along a direction, and the verdict."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    kinds = list(dict.fromkeys(kind for p in report.parameters for kind in p.slopes))
-    for name in ("parameter", *kinds, "error", "bound", ""):
-        table.add_column(name, justify="left" if name in ("parameter", "") else "right")
-    for p in report.parameters:
-        slopes = (f"{p.slopes[kind]:.7g}" if kind in p.slopes else "" for kind in kinds)
-        table.add_row(escape(p.name), *slopes, f"{p.error:.1e}", f"{p.bound:.1e}", p.verdict)
-    console = Console()
-    console.print(table)
-    for line in filter(None, [report.note]):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)

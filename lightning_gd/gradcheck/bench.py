@@ -17,6 +17,10 @@ from lightning_gd.gradcheck.twin import RandomState, converted, shaken, twin
 ROUNDING = 1024
 FARTHEST = 8  # times the size of a parameter, or 1: the longest direction
 LENGTHS = [8.0**power for power in range(-7, 3)]  # tried for a random step
+AGAIN = (
+    "when it is asked again for the same batch, weights, buffers and random numbers: "
+    "give loss=, a function of the module and the batch alone"
+)
 FORMULA, AUTOGRAD = "explicit", "autograd"  # kinds of gradients
 
 Weights = dict[str, Tensor]
@@ -86,7 +90,9 @@ class Bench:
         gradients = {AUTOGRAD: dict(zip(self.parameters, found, strict=True))}
         if method:
             gradients[FORMULA] = self.formula(method, weights)
-        value = loss.item() if self._reference is self._loss else self.loss(weights)
+        value = self.loss(weights)
+        if self._reference is self._loss and not self._repeats(value, loss.item()):
+            raise ValueError(f"it is {loss.item():g}, and {value:g} {AGAIN}")
         return Point(weights, value, self._noise(weights, value), gradients)
 
     @torch.no_grad()
@@ -175,6 +181,9 @@ class Bench:
     def random(self, like: Tensor) -> Tensor:
         """Return normal random numbers in the shape of a parameter."""
         return torch.randn(like.shape, generator=self._random).to(like)
+
+    def _repeats(self, one: float, other: float) -> bool:
+        return abs(one - other) <= min(self.rounding, 1e-3) * max(abs(one), abs(other))
 
     def _noise(self, weights: Weights, loss: float) -> float:
         """Return 8 times the change of the loss by changes of all numbers in their last digit."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_gd.gradcheck.bench import Loss, Weights
 from lightning_gd.gradcheck.diagnosis import largest, name_reduction
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
-from lightning_gd.gradcheck.twin import RandomState, converted, isolated, shaken, twin
+from lightning_gd.gradcheck.twin import RandomState, converted, isolated, shaken, torch_states, twin
 
 SHAKES = 4  # times that weights and rows are changed in their last digit
 # Errors of sums that are rounded at every step, in units of what one rounding of the weights and
@@ -28,6 +28,8 @@ class Part:
     loss: Loss
     weight: float
     state: RandomState | None  # None continues after the part before
+    # What happens to the loss before `backward`: the products of short numbers round by it.
+    scaled: Callable[[Tensor], Tensor] = lambda loss: loss
 
 
 class Delivery(NamedTuple):
@@ -53,7 +55,7 @@ def check_delivered(
     float64 too: with the gradient at the weights and rows, and after four random changes of them
     by eps, the rounding of one number. What rounding explains is the largest change of the
     gradient and eps of the largest gradient of all parameters, times 32 (8 for bfloat16 and
-    float16).
+    float16). Random numbers are others in float64, so a loss that draws them is not.
 
     Args:
         model: As it was before the update; nothing of it changes.
@@ -61,23 +63,27 @@ def check_delivered(
         agree: Tells whether something holds on every process.
         trusted: The loss is made of plain operations.
     """
-    names = list(delivery.gradients)
-    found = {name: gradient.detach().double() for name, gradient in delivery.gradients.items()}
     dtype = next(model.parameters()).dtype
-    (same,) = _means(model, delivery, names, dtype, 0)
-    close = CLOSE * torch.finfo(dtype).eps
-    bounds = {name: close * _most(same) for name in names}
-    report = _compared(same, found, bounds, delivery.known)
+    sums, why = _local(model, delivery, dtype, 0)
+    same = _mean(delivery, sums[0])
+    close = CLOSE * torch.finfo(dtype).eps * _most(same)
+    report = _compared(delivery, same, dict.fromkeys(same, close))
     right = agree(report.ok)
-    if right and (trusted or not delivery.replayed) or delivery.replayed and not right:
+    if right and trusted or delivery.replayed and not right:
         return report
-    mean, *near = _means(model, delivery, names, torch.float64, SHAKES)
+    if not why:
+        sums, why = _local(model, delivery, torch.float64, SHAKES)
+    if not agree(not why):
+        note = f"p.grad was not compared in float64: {why or 'another process cannot'}"
+        return replace(report, note=note)
+    mean, *near = (_mean(delivery, each) for each in sums)
     safety = SAFETY_SHORT if delivery.eps > torch.finfo(dtype).eps else SAFETY
+    noise, bounds = delivery.eps * _most(mean), {}
     for name, gradient in mean.items():
         spread = max(largest(other[name] - gradient) for other in near)
-        bounds[name] = safety * (spread + delivery.eps * _most(mean))
-    exact = _compared(mean, found, bounds, delivery.known)
-    return report if delivery.replayed and agree(exact.ok) else exact
+        bounds[name] = safety * (spread + noise)
+    exact = _compared(delivery, mean, bounds)
+    return report if right and agree(exact.ok) else exact
 
 
 def _most(gradients: Weights) -> float:
@@ -85,58 +91,66 @@ def _most(gradients: Weights) -> float:
     return max(largest(gradient) for gradient in gradients.values())
 
 
-def _compared(
-    mean: Weights, found: Weights, bounds: Mapping[str, float], known: Mapping[str, float]
-) -> GradientReport:
+def _compared(delivery: Delivery, mean: Weights, bounds: Mapping[str, float]) -> GradientReport:
     reports = []
     for name, right in mean.items():
-        error, words = largest(found[name] - right), None
+        found, words = delivery.gradients[name].detach().double(), None
+        error = largest(found - right)
         if not error <= bounds[name]:  # also nan
-            words = name_reduction(right, found[name], known, bounds[name])
+            words = name_reduction(right, found, delivery.known, bounds[name])
         reports.append(ParameterReport(name, error, largest(right), bounds[name], words))
     return GradientReport(tuple(reports))
 
 
-def _means(
-    model: nn.Module, delivery: Delivery, names: list[str], dtype: torch.dtype, shakes: int
-) -> list[Weights]:
-    """Return the mean gradient over all processes, and those near it, in float64."""
-    shapes = [dict(model.named_parameters())[name].shape for name in names]
-    precision = delivery.precision if not shakes else nullcontext
-    means = []
-    for k in range(shakes + 1):
+def _local(
+    model: nn.Module, delivery: Delivery, dtype: torch.dtype, shakes: int
+) -> tuple[list[Tensor], str]:
+    """Return the local gradients, and those near them, and why they cannot be had in float64."""
+    sums, drawn = [], False
+    for shake in range(shakes + 1):
         with isolated(dtype):
-            with precision():
-                sums = _gradients(model, delivery.parts, names, dtype, delivery.eps * bool(k), k)
-        pieces = delivery.mean(sums).double().split([shape.numel() for shape in shapes])
-        means.append({n: p.view(s) for n, p, s in zip(names, pieces, shapes, strict=True)})
-    return means
+            try:
+                found, draws = _gradients(model, delivery, dtype, shake)
+            except Exception as error:
+                if not shakes:
+                    raise
+                return [], f"{type(error).__name__}: {error}".partition("\n")[0]
+            sums.append(found)
+            drawn |= draws
+    return sums, "the loss draws random numbers" if drawn else ""
+
+
+def _mean(delivery: Delivery, sums: Tensor) -> Weights:
+    sizes = [value.numel() for value in delivery.gradients.values()]
+    pieces = zip(delivery.gradients.items(), delivery.mean(sums).double().split(sizes), strict=True)
+    return {name: piece.view(value.shape) for (name, value), piece in pieces}
 
 
 def _gradients(
-    model: nn.Module,
-    parts: Sequence[Part],
-    names: Sequence[str],
-    dtype: torch.dtype,
-    eps: float,
-    seed: int,
-) -> Tensor:
-    """Return weight · gradient of each part, flat, and last its weight, shape [n, P + 1]."""
-    copied, source = twin(model, dtype), torch.Generator().manual_seed(seed)
+    model: nn.Module, delivery: Delivery, dtype: torch.dtype, shake: int
+) -> tuple[Tensor, bool]:
+    """Return weight · gradient of each part, flat, and last its weight, and if it drew numbers."""
+    copied, source = twin(model, dtype), torch.Generator().manual_seed(shake)
+    own, eps = dtype == next(model.parameters()).dtype, delivery.eps * bool(shake)
     named = dict(copied.named_parameters())
-    trained = [named[name] for name in names]
+    trained = [named[name] for name in delivery.gradients]
     for parameter in copied.parameters() if eps else ():
         parameter.data = shaken(parameter.data, eps, source)
-    rows = []
-    for part in parts:
+    rows, drawn = [], False
+    for part in delivery.parts:
         flat = trained[0].new_zeros(sum(p.numel() for p in trained) + 1)
         if part.weight:
             batch = converted(part.batch, dtype)
             batch = shaken(batch, eps, source) if eps else batch
             if part.state is not None:
                 part.state.restore()
-            loss = part.loss(copied, batch)
+            before = torch_states()
+            with delivery.precision() if own else nullcontext():  # backward is outside of it
+                loss = part.loss(copied, batch)
+            loss = part.scaled(loss)
             found = torch.autograd.grad(loss, trained, materialize_grads=True)
-            flat = part.weight * torch.cat([*map(torch.flatten, found), flat.new_ones(1)])
+            drawn |= not all(map(torch.equal, before, torch_states()))
+            flat = torch.cat([*map(torch.flatten, found), part.scaled(flat.new_ones(1))])
+            flat = flat * (part.weight / flat[-1])
         rows.append(flat.detach())
-    return torch.stack(rows)
+    return torch.stack(rows), drawn

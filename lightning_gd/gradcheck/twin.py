@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from lightning_gd.batch import tensors
 
+SILENT = ("log", "log_dict", "print")  # methods of a copy that do nothing
+FRAME = vars(nn.Module()).keys()  # attributes of every module
+
 
 class RandomState(NamedTuple):
     """The state of every generator that a training step may draw from."""
@@ -47,6 +50,11 @@ class RandomState(NamedTuple):
         np.random.set_state(self.numpy)
 
 
+def torch_states() -> list[Tensor]:
+    """Return the states of torch's generators."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
 def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
     """Return a copy of a module in another dtype; what it logs is not logged."""
     memo: dict[int, Any] = {
@@ -55,28 +63,34 @@ def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
         for t in tensors(list(vars(module).values()))
         if not t.is_leaf
     }
-    copied: Any = copy.deepcopy(model, memo)
+    trainer = trainer_of(model)
+    memo[id(trainer)] = trainer  # which an attribute may lead to
+    try:
+        copied: Any = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} cannot be copied to check it: {error}") from error
     if any(p.device.type == "mps" for p in model.parameters()) and dtype is torch.float64:
         copied = copied.to("cpu")
     copied = copied.to(dtype)
     for module in copied.modules():
         for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                setattr(module, name, converted(value, dtype))
-    if isinstance(copied, LightningModule):
-        _silence(copied, model)
+            if name not in FRAME and any(not isinstance(t, nn.Parameter) for t in tensors(value)):
+                vars(module)[name] = converted(value, dtype)
+    for name in SILENT if isinstance(copied, LightningModule) else ():
+        setattr(copied, name, lambda *args, **kwargs: None)
+    if trainer is not None:
+        for name in ("forward", "training_step"):  # compiled ones belong to the model
+            vars(copied).pop(name, None)
+        copied.trainer = trainer
     return copied
 
 
-def _silence(copied: Any, model: Any) -> None:
-    for name in ("log", "log_dict", "print"):
-        setattr(copied, name, lambda *args, **kwargs: None)
-    for name in ("forward", "training_step"):  # compiled ones belong to the model
-        vars(copied).pop(name, None)
+def trainer_of(model: nn.Module) -> Any:
+    """Return the Trainer of a LightningModule; None without one."""
     try:
-        copied.trainer = model.trainer
-    except RuntimeError:  # a model without a Trainer
-        pass
+        return model.trainer if isinstance(model, LightningModule) else None
+    except RuntimeError:
+        return None
 
 
 def converted(batch: Any, dtype: torch.dtype | None) -> Any:

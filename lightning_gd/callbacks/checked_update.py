@@ -1,0 +1,161 @@
+"""What one update of any LightningModule consists of, for its check."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Trainer
+from lightning_utilities import apply_to_collection
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_gd.batch import DataBatch, call, is_current, tensors
+from lightning_gd.data.tensors import tensor_data
+from lightning_gd.distributed import reduce_sum
+from lightning_gd.gradcheck.bench import Loss, Weights
+from lightning_gd.gradcheck.check import loss_of_step
+from lightning_gd.gradcheck.delivered import Delivery, Part
+from lightning_gd.gradcheck.report import GradientReport
+from lightning_gd.gradcheck.twin import RandomState
+from lightning_gd.module import GradientDescentModule
+from lightning_gd.moments import MomentsBatch
+
+SHORT = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class Update:
+    """How the gradient of one update of a module comes about: from which losses, by which mean.
+
+    A GradientDescentModule takes the mean over the rows of all processes, any other module the
+    mean over the batches of every process, and DDP the mean of those.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: Any, loss: Any, reference: Any, optimizer: Optimizer
+    ) -> None:
+        self.trainer, self.module = trainer, module
+        self.own = isinstance(module, GradientDescentModule)
+        self.explicit = self.own and not module.automatic_optimization
+        number = trainer.optimizers.index(optimizer)
+        self.given = loss[number] if isinstance(loss, list) else loss
+        self.reference = reference
+
+    def part(self, batch: Any, batch_idx: int, state: RandomState | None) -> Part:
+        """Return a local batch, and how a copy of the module is asked for its loss."""
+        content = batch.content if isinstance(batch, DataBatch) else batch
+        if isinstance(batch, MomentsBatch):  # the local rows that they stand for
+            data: Any = tensor_data(self.trainer)
+            content = move_data_to_device(data.local("train"), self.module.device)
+        weight = self.module.rows(content) if self.own else 1.0
+        return Part(content, self._loss(batch_idx), weight, state, self._scaling(weight))
+
+    def _loss(self, batch_idx: int) -> Loss:
+        given = self.given
+        if isinstance(given, str):
+            return lambda model, batch: getattr(model, given)(batch)
+        if given is not None:
+            return given
+        if not self.own:
+            return lambda model, batch: loss_of_step(model, batch, batch_idx)
+        # Unless one forward pass serves both, `gradients` draws random numbers after `loss`.
+        if self.explicit and not is_current(type(self.module), "loss_and_gradients"):
+            return lambda model, batch: [own_loss(model, batch), own_loss(model, batch)][1]
+        return own_loss
+
+    def _scaling(self, weight: float) -> Callable[[Tensor], Tensor]:
+        """Return what happens to the loss of a batch before `backward`, in the order of the run."""
+        if self.explicit:
+            return lambda loss: loss
+        share: Any = 1.0
+        if self.own and self.trainer.world_size > 1:
+            total = reduce_sum(torch.tensor(float(weight), device=self.module.device))
+            share = weight * self.trainer.world_size / total
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        return lambda loss: loss * share / self.trainer.accumulate_grad_batches * scale
+
+    def delivery(self, parts: list[Part], gradients: Weights) -> Delivery:
+        """Return what is compared: `p.grad`, and the mean of the gradients of the parts."""
+        short = None if self.explicit else SHORT.get(str(self.trainer.precision))
+        eps = torch.finfo(short or next(iter(gradients.values())).dtype).eps
+        if self.reference is not None:
+            parts = [replace(part, loss=self.reference) for part in parts]
+        replayed = self.module.automatic_optimization and not (self.given or self.reference)
+        batches = len(parts) if self.explicit else self.trainer.accumulate_grad_batches
+        known = {"processes": self.trainer.world_size, "accumulated batches": batches}
+        context = nullcontext if self.explicit else self.trainer.precision_plugin.forward_context
+        sizes = [gradient.numel() for gradient in gradients.values()]
+
+        def mean(sums: Tensor) -> Tensor:
+            return self._mean(sums, sizes)
+
+        return Delivery(gradients, parts, mean, known, context, eps, replayed)
+
+    def _mean(self, sums: Tensor, sizes: list[int]) -> Tensor:
+        if not self.explicit:
+            sums = reduce_sum(sums)
+            means = sums[:, :-1] / sums[:, -1:]
+            return means.sum(0) / self.trainer.accumulate_grad_batches
+        total = reduce_sum(sums.sum(0))
+        flat = total[:-1] / total[-1]  # p.grad is already clipped
+        self.module.clip([SimpleNamespace(grad=piece) for piece in flat.split(sizes)])
+        return flat
+
+    def uneven(self, parts: list[Part], gradients: Weights) -> str:
+        """Say if the processes of a module that is not ours have batches of other sizes."""
+        if self.own or self.trainer.world_size == 1:
+            return ""
+        rows = gradients[next(iter(gradients))].new_tensor(float(sum(map(rows_of, parts))))
+        mean = float(reduce_sum(rows.clone())) / self.trainer.world_size
+        most = float(reduce_sum((rows - mean).square())) ** 0.5
+        if not most:
+            return ""
+        return (
+            f"the batches of the processes differ in their number of rows: at update "
+            f"{self.trainer.global_step} it is {mean:.4g} ± {most:.2g}, and DDP takes the mean of "
+            "the processes, which is not the mean over all rows"
+        )
+
+
+def own_loss(model: Any, batch: Any) -> Tensor:
+    """Return the loss that a GradientDescentModule defines."""
+    return call(model.loss, batch)
+
+
+def rows_of(part: Part) -> int:
+    """Return the length of the first tensor of a batch that has one."""
+    return len(next((t for t in tensors(part.batch) if t.ndim), ()))
+
+
+def draw(content: Any, rows: int, seed: int) -> Any:
+    """Return at most so many rows of a batch of any structure, drawn at random."""
+    count = len(next(tensors(content)))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:rows]
+
+    def pick(values: Tensor) -> Tensor:
+        return values[order.to(values.device)] if values.shape[:1] == (count,) else values
+
+    return apply_to_collection(content, Tensor, pick)
+
+
+def print_report(report: GradientReport, title: str) -> None:
+    """Print one row per parameter: the slopes along a direction, and the verdict."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    kinds = list(dict.fromkeys(kind for p in report.parameters for kind in p.slopes))
+    for name in ("parameter", *kinds, "error", "bound", ""):
+        table.add_column(name, justify="left" if name in ("parameter", "") else "right")
+    for p in report.parameters:
+        slopes = (f"{p.slopes[kind]:.7g}" if kind in p.slopes else "" for kind in kinds)
+        table.add_row(escape(p.name), *slopes, f"{p.error:.1e}", f"{p.bound:.1e}", p.verdict)
+    console = Console()
+    console.print(table)
+    if report.note:
+        console.print(report.note, highlight=False, markup=False, soft_wrap=True)
