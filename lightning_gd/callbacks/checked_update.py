@@ -47,6 +47,7 @@ class Update:
         number = trainer.optimizers.index(optimizer)
         self.given = loss[number] if isinstance(loss, list) else loss
         self.reference = reference
+        self.rows, self.note = [0.0], ""
 
     def part(self, batch: Any, batch_idx: int, state: RandomState | None) -> Part:
         """Return a local batch, and how a copy of the module is asked for its loss."""
@@ -92,6 +93,7 @@ class Update:
         batches = len(parts) if self.explicit else self.trainer.accumulate_grad_batches
         known = {"processes": self.trainer.world_size, "accumulated batches": batches}
         context = nullcontext if self.explicit else self.trainer.precision_plugin.forward_context
+        self.rows = [float(rows_of(part)) for part in parts]
         sizes = [gradient.numel() for gradient in gradients.values()]
 
         def mean(sums: Tensor) -> Tensor:
@@ -101,6 +103,8 @@ class Update:
 
     def _mean(self, sums: Tensor, sizes: list[int]) -> Tensor:
         if not self.explicit:
+            if not self.own and self.trainer.world_size > 1 and not self.note:
+                self._compare_rows(sums)
             sums = reduce_sum(sums)
             means = sums[:, :-1] / sums[:, -1:]
             return means.sum(0) / self.trainer.accumulate_grad_batches
@@ -109,20 +113,19 @@ class Update:
         self.module.clip([SimpleNamespace(grad=piece) for piece in flat.split(sizes)])
         return flat
 
-    def uneven(self, parts: list[Part], gradients: Weights) -> str:
-        """Say if the processes of a module that is not ours have batches of other sizes."""
-        if self.own or self.trainer.world_size == 1:
-            return ""
-        rows = gradients[next(iter(gradients))].new_tensor(float(sum(map(rows_of, parts))))
-        mean = float(reduce_sum(rows.clone())) / self.trainer.world_size
-        most = float(reduce_sum((rows - mean).square())) ** 0.5
-        if not most:
-            return ""
-        return (
-            f"the batches of the processes differ in their number of rows: at update "
-            f"{self.trainer.global_step} it is {mean:.4g} ± {most:.2g}, and DDP takes the mean of "
-            "the processes, which is not the mean over all rows"
-        )
+    def _compare_rows(self, sums: Tensor) -> None:
+        """Note where the mean over processes, as DDP takes it, is not the mean over rows."""
+        rows = sums.new_tensor(self.rows)
+        weights = torch.stack([torch.ones_like(rows), rows, rows**2]).double()
+        total = reduce_sum(weights @ sums.double())
+        (n, count, squares), (mean, by_rows) = total[:, -1], total[:2, :-1] / total[:2, -1:]
+        if n * squares > count**2 * (1 + 1e-9):
+            bias = float((mean - by_rows).norm() / by_rows.norm())
+            self.note = (
+                f"the batches of the {self.trainer.world_size} processes differ in rows: at update "
+                f"{self.trainer.global_step} the mean of their gradients, which DDP takes, differs "
+                f"by {bias:.2g} of its size from that of a loss that is a mean over all rows"
+            )
 
 
 def own_loss(model: Any, batch: Any) -> Tensor:

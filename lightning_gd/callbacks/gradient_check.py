@@ -160,7 +160,7 @@ class GradientCheck(Callback):
                 delivery = update.delivery(parts, found)
                 reports.append(check_delivered(before, delivery, agree, agree(trusted)))
                 self._is_wrong(trainer, reports[1])
-        for text in (*(report.note for report in reports), update.uneven(parts, found)):
+        for text in (*(report.note for report in reports), update.note):
             self._say(text)
         self._record(trainer, module, reports)
 
@@ -175,8 +175,10 @@ class GradientCheck(Callback):
             return [update.part(batches[k], index, state) for batches, k, index, state in kept]
         every = update.module.batches_per_update  # only these are gathered from the table
         kept = kept[(update.trainer.global_step - self._first) * every :][:every]
-        states = [self._state, *[None] * every]
-        return [update.part(b[k], n, state) for (b, k, n, _), state in zip(kept, states, strict=False)]
+        return [
+            update.part(batches[k], index, None if i else self._state)
+            for i, (batches, k, index, _) in enumerate(kept)
+        ]
 
     def _formula(
         self, update: Update, before: nn.Module, parts: list[Part]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_gd.batch import call, tensors
 from lightning_gd.gradcheck.diagnosis import largest
-from lightning_gd.gradcheck.twin import RandomState, converted, shaken, twin
+from lightning_gd.gradcheck.twin import Attributes, RandomState, converted, shaken, twin
 
 # Rounding per term of a sum, relative to the gradient. Terms that cancel are larger than it: 16 eps
 # were exceeded by 3 of 19,000 random models. Mistakes are 1e-3 and more.
@@ -46,6 +46,8 @@ class Bench:
         state: The random state before each call.
         dtype: Of the copy, and of floating tensors of the batch.
         reference: Another loss with the same value, of plain operations; differences are its own.
+        fresh: Every call finds the same attributes of the modules too. Without, a formula that
+            keeps what it computed is noticed.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Bench:
         state: RandomState,
         dtype: torch.dtype = torch.float64,
         reference: Loss | None = None,
+        fresh: bool = True,
     ) -> None:
         self.model, self.dtype = twin(model, dtype), dtype
         self.batch = converted(batch, dtype)
@@ -67,6 +70,7 @@ class Bench:
         self.functions: dict[str, set[str]] = {}  # custom autograd Functions behind each parameter
         self._loss, self._reference, self._state = loss, reference or loss, state
         self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self.attributes = Attributes(self.model) if fresh else None
         self._random = torch.Generator().manual_seed(int(state.cpu.long().sum()))
         self.model.requires_grad_()
         self.rows = len(next((t for t in tensors(self.batch) if t.ndim), [0]))
@@ -91,7 +95,8 @@ class Bench:
         if method:
             gradients[FORMULA] = self.formula(method, weights)
         value = self.loss(weights)
-        if self._reference is self._loss and not self._repeats(value, loss.item()):
+        same = not self.attributes or self._reference is not self._loss
+        if not same and not self._repeats(value, loss.item()):
             raise ValueError(f"it is {loss.item():g}, and {value:g} {AGAIN}")
         return Point(weights, value, self._noise(weights, value), gradients)
 
@@ -218,6 +223,8 @@ class Bench:
         self._state.restore()
         for buffer, value in self._buffers:
             buffer.detach().copy_(value)
+        if self.attributes:
+            self.attributes.restore()
         self._given = apply_to_collection(self.batch, Tensor, torch.clone)
         return function(self.model, self._given)
 

@@ -86,7 +86,7 @@ def check_formula(
     raised = ""
     for dtype in dict.fromkeys([torch.float64, own]):
         with isolated(dtype):
-            bench = Bench(model, batch, loss, state, dtype, reference)
+            bench = Bench(model, batch, loss, state, dtype, reference, fresh=not explicit)
             try:
                 report = Comparison(bench, explicit).report()
             except Exception as error:  # whatever a model raises belongs in the report

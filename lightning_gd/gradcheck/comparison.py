@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+
+from torch import Tensor
 
 from lightning_gd.batch import is_current
 from lightning_gd.gradcheck.bench import AUTOGRAD, FORMULA, Bench, Point
@@ -11,6 +12,7 @@ from lightning_gd.gradcheck.diagnosis import (
     CUT,
     DIFFERS,
     STALE,
+    Slope,
     Suspect,
     alike,
     largest,
@@ -117,6 +119,8 @@ class Comparison:
             return f"{CUT}; explicit is {'wrong too' if formula else 'right'}"
         if not formula and not autograd:
             return None
+        if autograd and not self._repeats(name):
+            return f"{STALE}{self._blamed()}"
         kind, points = self.kinds[0], self.points
         found, right = ([p.gradients[k][name] for p in points] for k in (kind, AUTOGRAD))
         truth = [self._truth(point, name) for point in points]
@@ -125,8 +129,6 @@ class Comparison:
             return "differs too"
         suspect = Suspect(kind, found, truth, lambda k: self.bench.ways(points[k], name), near)
         words = suspect.name_mistake(self.bench.rows)
-        if not self.method and not self._repeats(name):
-            words = STALE
         if formula:
             worst = max(zip(found, right, strict=True), key=lambda pair: largest(pair[0] - pair[1]))
             return words or worst_entry(kind, *worst)
@@ -134,17 +136,24 @@ class Comparison:
 
     def _repeats(self, name: str) -> bool:
         """Tell whether a second backward pass gives the same."""
-        moved = self.points[1]
-        again = self.bench.measure(moved.weights).gradients[AUTOGRAD][name]
-        return not again.isfinite().all() or alike(again, moved.gradients[AUTOGRAD][name])
+        self.bench.attributes = None  # else all calls would find what the first one kept
+        weights = self.points[1].weights
+        one, two = (self.bench.measure(weights).gradients[AUTOGRAD][name] for _ in range(2))
+        return not one.isfinite().all() or alike(two, one)
 
-    def _truth(self, point: Point, name: str) -> Any:
+    def _truth(self, point: Point, name: str) -> Slope:
         """Return the function of a direction that returns the right slope, and its uncertainty."""
-        if self.method:
-            right = point.gradients[AUTOGRAD][name]
-            noise = self.bench.rounding * max(largest(right), abs(point.loss))
-            return lambda way: (float((right * way).sum()), noise * float(way.norm()))
-        return lambda way: self.bench.slope(point, {name: way}, 0.0)
+        right, rounding = point.gradients[AUTOGRAD][name], self.bench.rounding
+
+        def by_autograd(way: Tensor) -> tuple[float, float]:
+            noise = rounding * max(largest(right), abs(point.loss)) * float(way.norm())
+            return float((right * way).sum()), noise
+
+        def by_differences(way: Tensor) -> tuple[float, float]:
+            slope, doubt = self.bench.slope(point, {name: way}, 0.0)
+            return slope, doubt + rounding * max(abs(slope), abs(point.loss))
+
+        return by_autograd if self.method else by_differences
 
     def _values(self, name: str) -> str:
         point = self.points[1]

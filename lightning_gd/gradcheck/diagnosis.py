@@ -86,8 +86,7 @@ class Suspect:
         """Tell whether a gradient has the right slopes along directions inside a mask."""
         for way in self.ways(1):
             slope, doubt = self.truth[1](way * mask)
-            size = float((gradient * way).abs().sum())
-            if abs(float((gradient * way * mask).sum()) - slope) > doubt + self.near * size:
+            if not abs(float((gradient * way * mask).sum()) - slope) <= doubt:
                 return False
         return True
 

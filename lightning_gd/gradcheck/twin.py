@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_gd.batch import tensors
 
 SILENT = ("log", "log_dict", "print")  # methods of a copy that do nothing
-FRAME = vars(nn.Module()).keys()  # attributes of every module
+FRAME = vars(LightningModule()).keys() - {"training"}  # attributes of every module
 
 
 class RandomState(NamedTuple):
@@ -50,6 +50,29 @@ class RandomState(NamedTuple):
         np.random.set_state(self.numpy)
 
 
+class Attributes:
+    """What modules keep beside parameters and buffers: counters, hidden states, metrics."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        shared = [*self._modules, *model.parameters(), *model.buffers(), trainer_of(model)]
+        self._memo: dict[int, Any] = {id(value): value for value in shared}
+        self._kept = copy.deepcopy(list(map(own_attributes, self._modules)), dict(self._memo))
+
+    def restore(self) -> None:
+        """Give the modules what they had at first."""
+        kept = copy.deepcopy(self._kept, dict(self._memo))
+        for module, values in zip(self._modules, kept, strict=True):
+            for name in own_attributes(module).keys() - values.keys():
+                delattr(module, name)
+            vars(module).update(values)
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module that are no parameters, buffers, modules or hooks."""
+    return {name: value for name, value in vars(module).items() if name not in FRAME}
+
+
 def torch_states() -> list[Tensor]:
     """Return the states of torch's generators."""
     return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
@@ -73,8 +96,8 @@ def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
         copied = copied.to("cpu")
     copied = copied.to(dtype)
     for module in copied.modules():
-        for name, value in vars(module).items():
-            if name not in FRAME and any(not isinstance(t, nn.Parameter) for t in tensors(value)):
+        for name, value in own_attributes(module).items():
+            if any(not isinstance(t, nn.Parameter) for t in tensors(value)):
                 vars(module)[name] = converted(value, dtype)
     for name in SILENT if isinstance(copied, LightningModule) else ():
         setattr(copied, name, lambda *args, **kwargs: None)
