@@ -113,7 +113,7 @@ def test_right_modules_pass(ends, name):
 @pytest.mark.parametrize("name", ["classifier", "linear"])
 def test_uneven_rows_are_told_once_with_the_bias(ends, name):
     (one,), (other,) = (end["said"] for end in ends[name])
-    assert one == other and "the 2 processes differ in rows at update 0" in one
+    assert one == other and "the 2 processes differ in rows: at update 0" in one
     assert 0.001 < float(one.split("differs by ")[1].split(" ")[0]) < 1
     assert [end["said"] for end in ends["even"]] == [[], []]
 
