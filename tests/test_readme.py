@@ -6,10 +6,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import good_process
+from lightning.pytorch import LightningModule
 from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gd import MNISTParityData
+from lightning_gd import GradientError, MNISTParityData
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -70,7 +73,45 @@ def test_commands(command, folder):
 
 
 def test_python_prints_what_the_readme_says(folder):
-    text = next(text for text in PYTHON if "Trainer(" in text)
+    text = next(text for text in PYTHON if "LinearRegression(" in text)
     printed = next(t for language, t in BLOCKS if not language and t.startswith("learnt"))
     done = good_process("-W", "ignore", "-c", text, cwd=folder)
     assert printed in done.stdout
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients[0] * ctx.saved_tensors[0]  # the factor 2 is missing
+
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(6, 4), torch.nn.Linear(4, 1)
+
+    def training_step(self, batch):
+        x, y = batch
+        return torch.nn.functional.mse_loss(self.b(Square.apply(self.a(x))), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_the_check_of_a_module_says_what_the_readme_says(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    text = next(text for text in PYTHON if "callbacks=[GradientCheck()]" in text)
+    printed = next(t for language, t in BLOCKS if not language and t.startswith("gradient check"))
+    rows = TensorDataset(torch.randn(40, 6), torch.randn(40, 1))
+    given = {"model": Net(), "loader": DataLoader(rows, batch_size=8)}
+    with pytest.raises(GradientError) as raised:
+        exec(text, given)
+    numbers = re.compile(r"\d[\d.e+-]*(?=[,)])")
+    assert numbers.sub("", str(raised.value)) == numbers.sub("", printed).strip()
