@@ -16,7 +16,7 @@ from lightning_gd.gradcheck.twin import Attributes, RandomState, converted, shak
 # were exceeded by 3 of 19,000 random models. Mistakes are 1e-3 and more.
 ROUNDING = 1024
 FARTHEST = 8  # times the size of a parameter, or 1: the longest direction
-LENGTHS = [8.0**power for power in range(-7, 3)]  # tried for a random step
+LENGTHS = [2.0**power for power in range(-21, 10)]  # tried for a random step
 AGAIN = (
     "when it is asked again for the same batch, weights, buffers and random numbers: "
     "give loss=, a function of the module and the batch alone"

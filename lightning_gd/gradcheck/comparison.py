@@ -124,7 +124,7 @@ class Comparison:
         kind, points = self.kinds[0], self.points
         found, right = ([p.gradients[k][name] for p in points] for k in (kind, AUTOGRAD))
         truth = [self._truth(point, name) for point in points]
-        near = ALIKE if formula else NEAR
+        near = ALIKE if formula else max(NEAR, 8 * self.bench.eps ** (1 / 3))
         if name not in list(self.wrong[kind])[-MOST_NAMED:]:  # these are nearest to the loss
             return "differs too"
         suspect = Suspect(kind, found, truth, lambda k: self.bench.ways(points[k], name), near)

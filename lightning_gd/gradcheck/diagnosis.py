@@ -113,6 +113,8 @@ def name_factor(factor: float, rows: int, numbers: int, near: float = ALIKE) -> 
     if math.isclose(factor, 1, rel_tol=near) or not fits and not twice and numbers == 1:
         return None
     count, part = fits[0] if fits else (1, size)
+    if fits:  # without the error of differences
+        factor = math.copysign(count * part, factor)
     words = [f"{factor:.6g} times the gradient of loss"]
     if not fits and twice:
         part = 1.0
