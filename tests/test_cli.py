@@ -241,7 +241,7 @@ def test_the_verb_check_trains_nothing(tmp_path, monkeypatch):
     assert "The gradient of ParityRegressor" in out
     rows = [line.split() for line in out.splitlines() if line.rstrip().endswith("ok")]
     assert [row[0] for row in rows] == ["weight", "bias"]
-    assert all(float(row[4]) == pytest.approx(float(row[5]), rel=1e-4) for row in rows)
+    assert all(float(row[2]) == pytest.approx(float(row[3]), rel=1e-4) for row in rows)
     (tmp_path / "doubled.py").write_text(WRONG)
     monkeypatch.chdir(tmp_path)
     status, out, err = run("check", "--model", "doubled.Doubled", "--data", "PointsData")
