@@ -209,9 +209,9 @@ class Bench:
         """Call a function, and note what it changes in place."""
         weights = [(n, p, p.detach().clone()) for n, p in self.parameters.items()]
         found = self._call(function, name)
-        changed = {n for n, p, value in weights if not _same(p, value)}
+        changed = {n for n, p, value in weights if not same(p, value)}
         now, before = list(tensors(self._given)), list(tensors(self.batch))
-        if len(now) != len(before) or not all(map(_same, now, before)):
+        if len(now) != len(before) or not all(map(same, now, before)):
             changed.add("its batch")
         self.changed |= {f"{name} changes {what} in place" for what in changed}
         for n, p, value in weights:
@@ -229,7 +229,8 @@ class Bench:
         return function(self.model, self._given)
 
 
-def _same(now: Tensor, before: Tensor) -> bool:
+def same(now: Tensor, before: Tensor) -> bool:
+    """Tell whether two tensors hold the same numbers; nan is the same as nan."""
     return bool(((now == before) | (now != now) & (before != before)).all())
 
 

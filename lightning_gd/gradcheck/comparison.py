@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lightning_gd.batch import is_current
-from lightning_gd.gradcheck.bench import AUTOGRAD, FORMULA, Bench, Point
+from lightning_gd.gradcheck.bench import AUTOGRAD, FORMULA, Bench, Point, Weights
 from lightning_gd.gradcheck.diagnosis import (
     ALIKE,
     CUT,
@@ -29,14 +29,20 @@ NEAR = 1e-3  # of factors that are found by differences
 
 
 class Comparison:
-    """The gradients of a model before and after a random step, compared with differences."""
+    """The gradients of a model before and after a step, compared with differences.
 
-    def __init__(self, bench: Bench, explicit: bool) -> None:
+    Args:
+        bench: The model.
+        explicit: It has a formula.
+        moved: The weights after the step; None for a random one.
+    """
+
+    def __init__(self, bench: Bench, explicit: bool, moved: Weights | None = None) -> None:
         fused = is_current(type(bench.model), "loss_and_gradients")
         self.method = ("loss_and_gradients" if fused else "gradients") if explicit else None
         self.bench, self.kinds = bench, [FORMULA, AUTOGRAD] if explicit else [AUTOGRAD]
         given = bench.measure(bench.start, self.method)
-        self.points = given, bench.measure(bench.moved(given.loss), self.method)
+        self.points = given, bench.measure(moved or bench.moved(given.loss), self.method)
         self.wrong: dict[str, dict[str, None]] = {kind: {} for kind in self.kinds}
 
     def report(self) -> GradientReport:

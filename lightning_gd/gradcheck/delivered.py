@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gd.gradcheck.bench import Loss, Weights
-from lightning_gd.gradcheck.diagnosis import largest, name_reduction
+from lightning_gd.gradcheck.diagnosis import largest, name_factor, name_reduction, ratio
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
 from lightning_gd.gradcheck.twin import RandomState, converted, isolated, shaken, torch_states, twin
 
@@ -156,3 +156,21 @@ def _gradients(
             flat = flat * (part.weight / flat[-1])
         rows.append(flat.detach())
     return torch.stack(rows), drawn
+
+
+def explained(gradients: Sequence[Tensor], eps: float, size: float = 0.0) -> float:
+    """Return the error of the first gradient that rounding explains; the others are near it."""
+    spread = max(float((other - gradients[0]).norm()) for other in gradients)
+    safety = SAFETY if eps < torch.finfo(torch.float16).eps else SAFETY_SHORT
+    return safety * (spread + eps * max(float(gradients[0].norm()), size))
+
+
+def compared(name: str, found: Tensor, right: Tensor, bound: float, rows: int) -> ParameterReport:
+    """Compare a gradient with the right one in the 2-norm."""
+    found, size = found.to(right), float(right.norm())
+    error, words = float((found - right).norm()), None
+    if not error <= bound:  # also nan
+        k = ratio(found, right, bound)
+        words = None if k is None else name_factor(k, rows, right.numel(), bound / size)
+        words = words or "the error is larger than rounding explains"
+    return ParameterReport(name, error, size, bound, words)

@@ -30,6 +30,12 @@ def malformed(name: str, explicit: Mapping[str, Tensor], truth: Tensor) -> str |
     return f"transposed: {shapes}" if value.ndim == 2 and alike(value.T, truth) else shapes
 
 
+def unfit(found: Tensor, wanted: Tensor) -> str:
+    """Say that a gradient has another shape or dtype than wanted."""
+    kinds = [f"shape {list(values.shape)} of {values.dtype}" for values in (found, wanted)]
+    return "" if kinds[0] == kinds[1] else f"{kinds[0]} where {kinds[1]} is wanted"
+
+
 class Suspect:
     """A gradient that is wrong at one of two points, and the right slopes there.
 

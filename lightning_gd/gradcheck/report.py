@@ -75,3 +75,47 @@ class GradientReport:
         """Raise `GradientError` with the report if a gradient is wrong."""
         if not self.ok:
             raise GradientError("\n  ".join(["the gradient is not that of loss", *self.lines()]))
+
+
+@dataclass(frozen=True)
+class FunctionReport:
+    """The check of a backward pass in all cases."""
+
+    cases: Mapping[str, GradientReport]  # without parameters where a case is not supported
+    note: str = ""  # on how it was checked
+
+    @property
+    def ok(self) -> bool:
+        """Whether no mistake was found, and in some case a factor 2 would have been."""
+        right = all(report.ok for report in self.cases.values())
+        return right and any(p.tested for r in self.cases.values() for p in r.parameters)
+
+    def lines(self) -> list[str]:
+        """Return a table with a line per case and input, then each diagnosis once."""
+        rows = [("case", "input", "error", "bound", "verdict")]
+        for case, report in self.cases.items():
+            for p in report.parameters:
+                rows.append((case, p.name, f"{p.error:.1e}", f"{p.bound:.1e}", p.verdict))
+            if not report.parameters:
+                rows.append((case, "", "", "", report.note))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return [*lines, *self._diagnoses(), *filter(None, [self.note])]
+
+    def _diagnoses(self) -> list[str]:
+        """Return the first diagnosis of each input, and where it is right as given, the cases."""
+        found: dict[str, dict[str, str]] = {}
+        for case, report in self.cases.items():
+            for p in report.parameters:
+                if p.diagnosis:
+                    found.setdefault(p.name, {})[case] = p.diagnosis
+        lines = []
+        for name, words in found.items():
+            only = "" if next(iter(self.cases)) in words else f", only in: {', '.join(words)}"
+            lines.append(f"{name}{only}: {next(iter(words.values()))}")
+        return lines
+
+    def raise_if_wrong(self) -> None:
+        """Raise `GradientError` with the report if a gradient is wrong or nothing was tested."""
+        if not self.ok:
+            raise GradientError("\n  ".join(["no right backward pass was seen", *self.lines()]))
