@@ -211,8 +211,9 @@ class CommandLine(LightningCLI):
         """End what Lightning started for this run, even a stopped process."""
         if world_size() > 1 and dist.get_backend() == "gloo":
             dist.destroy_process_group()  # the others notice now, not seconds later
-            if self.trainer.is_global_zero:
-                time.sleep(2)  # for the others to print what happened to them
+            # The others print what happened to them. If one of them ended before the first process,
+            # Lightning would kill the first before it ends with its own status.
+            time.sleep(2 if self.trainer.is_global_zero else 5)
         launcher = self.trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signal.SIGKILL)
