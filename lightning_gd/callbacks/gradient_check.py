@@ -32,15 +32,16 @@ class GradientCheck(Callback):
     """Checks the formula, and the gradient that the optimizer gets, at single updates.
 
     These are the updates 0, 1, 10, 100, every `every_n_updates`, and the last one of `max_steps`.
-    In explicit mode the formula is compared with autograd on a few random rows. Of any other
-    LightningModule, autograd through its `training_step`, with every hand-written `backward` in
-    it, is compared with differences of the loss. Then `p.grad`, before it is clipped, is compared
-    with the gradient on the batches of the update on all processes, which shows a missing
-    reduction. See `check_gradients` and `check_delivered` for the bounds.
+    The gradient is that of the formula in explicit mode, on a few random rows. Of any other
+    LightningModule it is that of autograd through its `training_step`, with every hand-written
+    `backward` in it. It is compared with differences of the loss. Then `p.grad`, before it is
+    clipped, is compared with the gradient on the batches of the update on all processes, which
+    shows a missing reduction. See `check_gradients` and `check_delivered` for the bounds. A
+    callback that changes `p.grad` must come before this one.
 
     The largest relative error is logged as `gradcheck/<parameter>`; nothing else in the run
     changes. `checks` counts the checks of this fit, `tested` those that found the gradient of
-    each parameter above rounding.
+    each parameter above rounding; `summary` says both in a line.
 
     Args:
         every_n_updates: Updates from one check to the next.
