@@ -56,7 +56,8 @@ class Update:
             data: Any = tensor_data(self.trainer)
             content = move_data_to_device(data.local("train"), self.module.device)
         weight = self.module.rows(content) if self.own else 1.0
-        return Part(content, self._loss(batch_idx), weight, state, self._scaling(weight))
+        loss, scaled = self._loss(batch_idx), self._scaling(weight)
+        return Part(content, loss, weight, state, scaled, pure=self.explicit)
 
     def _loss(self, batch_idx: int) -> Loss:
         given = self.given

@@ -30,6 +30,7 @@ class Part:
     state: RandomState | None  # None continues after the part before
     # What happens to the loss before `backward`: the products of short numbers round by it.
     scaled: Callable[[Tensor], Tensor] = lambda loss: loss
+    pure: bool = False  # the loss is known to leave its batch as it is
 
 
 class Delivery(NamedTuple):
@@ -142,8 +143,8 @@ def _gradients(
     for part in delivery.parts:
         flat = trained[0].new_zeros(sum(p.numel() for p in trained) + 1)
         if part.weight:
-            batch = converted(part.batch, dtype)
-            batch = shaken(batch, eps, source) if eps else batch
+            kept = part.batch if own and part.pure else converted(part.batch, dtype)
+            batch = shaken(kept, eps, source) if eps else kept
             if part.state is not None:
                 part.state.restore()
             before = torch_states()

@@ -83,7 +83,7 @@ def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
     memo: dict[int, Any] = {
         id(t): t.detach().clone()  # results that a module keeps cannot be copied with their graph
         for module in model.modules()
-        for t in tensors(list(vars(module).values()))
+        for t in tensors(own_attributes(module))
         if not t.is_leaf
     }
     trainer = trainer_of(model)
