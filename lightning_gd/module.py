@@ -78,6 +78,11 @@ class GradientDescentModule(ConfiguredModule):
         """Return both; override it to share one forward pass."""
         return self.loss(*batch, **named), self.gradients(*batch, **named)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.gradients is by_autograd and "loss_and_gradients" not in vars(cls):
+            cls.loss_and_gradients = loss_and_autograd  # one forward pass, one draw of dropout
+
     # 2. The two modes
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | dict[str, Tensor]:
@@ -153,6 +158,22 @@ class GradientDescentModule(ConfiguredModule):
     @property
     def batches_per_update(self) -> int:
         return self.hparams["accumulate_grad_batches"]
+
+
+def loss_and_autograd(
+    model: GradientDescentModule, *batch: Any, **named: Any
+) -> tuple[Tensor, Gradients]:
+    """Return the loss, and its gradient by autograd."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        loss = model.loss(*batch, **named)
+        found = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
+    return loss.detach(), dict(zip(trained, found, strict=True))
+
+
+def by_autograd(model: GradientDescentModule, *batch: Any, **named: Any) -> Gradients:
+    """Return the gradient of `loss` by autograd; `gradients = by_autograd` is a start."""
+    return loss_and_autograd(model, *batch, **named)[1]
 
 
 def _in_order(gradients: Gradients, trained: dict[str, Parameter], model: str) -> list[Tensor]:
