@@ -13,7 +13,7 @@ from lightning_gd import checkpoints
 from lightning_gd.checkpoints import SafeCheckpointIO
 from lightning_gd.evaluation import EvaluatedModule, watched
 from lightning_gd.hooks import RunHooks
-from lightning_gd.settings import build_optimizer, build_scheduler, check_trainer
+from lightning_gd.settings import arguments_of, build_optimizer, build_scheduler, check_trainer
 from lightning_gd.updates import STEPPED_HERE, gradient_norm
 
 # Hooks of Lightning that manual optimization does not call.
@@ -45,7 +45,7 @@ class ConfiguredModule(EvaluatedModule):
                 f"lr='auto' is 1/λmax of a full-batch least-squares loss, which "
                 f"{type(self).__name__} does not have: set lr to a number"
             )
-        h, trained = self.hparams, [p for p in self.parameters() if p.requires_grad]
+        h, trained = arguments_of(self), [p for p in self.parameters() if p.requires_grad]
         optimizer = build_optimizer(
             h["optimizer"], trained, h["lr"], h["momentum"], h["optimizer_args"] or {}
         )

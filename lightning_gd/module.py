@@ -10,7 +10,7 @@ from lightning_gd.batch import Batch, as_batch, batches_of
 from lightning_gd.configured import ConfiguredModule
 from lightning_gd.distributed import RowMean, reduce_sum, world_size
 from lightning_gd.settings import check_settings
-from lightning_gd.updates import epoch_is_complete, record_update, step_plateaus, step_schedulers
+from lightning_gd.updates import epoch_is_complete, step_plateaus, step_schedulers
 
 Gradients = dict[str, Tensor]
 
@@ -91,6 +91,7 @@ class GradientDescentModule(ConfiguredModule):
             return self._loss_for_autograd(as_batch(batch))
         batches, left = batches_of(batch), self.trainer.max_steps - self.trainer.global_step
         optimizer: Any = self.optimizers()
+        self.step_losses = []
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
             for content, due in zip(batches, self._due(len(batches), batch_idx), strict=True):
@@ -117,13 +118,15 @@ class GradientDescentModule(ConfiguredModule):
         loss, gradients = batch.loss_and_gradients(self)
         self._mean.add([loss, *_in_order(gradients, trained, type(self).__name__)], rows)
 
+    @torch.compiler.disable  # `torch.compile(model)` would compile it anew at each update
     def _explicit_update(self, trained: list[Parameter], optimizer: Any) -> None:
-        """Take the mean over the rows of all processes, clip, record, and step the optimizer."""
+        """Take the mean over the rows of all processes, clip, and step the optimizer."""
         (loss, *gradients), rows = self._mean.reduce()
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
-        record_update(self, loss, rows, self.clip(trained))
-        optimizer.step()  # Lightning's: it counts `global_step` and calls the callbacks
+        self.step_losses.append((loss, rows))
+        self.gradient_norm = self.clip(trained)
+        optimizer.step()  # Lightning's: it counts `global_step` and calls `RunHooks`
         step_schedulers(self, "step")
         step_plateaus(self, "step", loss)
 

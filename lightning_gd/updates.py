@@ -23,17 +23,15 @@ def gradient_norm(parameters: Iterable[Parameter]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
-def record_update(
-    module: EvaluatedModule, loss: Tensor, rows: Tensor | float, norm: Tensor
-) -> None:
+def record_update(module: EvaluatedModule) -> None:
     """Record the loss before the update that is about to be made, and the norm of its gradient."""
     trainer = module.trainer
     step = trainer.global_step
+    loss, norm = module.step_losses[-1][0], module.gradient_norm
     values: dict[str, Value] = {"train/loss": loss, "gradient_norm": norm}
     if step == 0 or trainer.lr_scheduler_configs:
         values["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
     module.curves.record(step, values)
-    module.step_losses.append((loss, rows))
 
 
 def step_schedulers(module: EvaluatedModule, interval: str) -> None:
