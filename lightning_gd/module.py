@@ -118,7 +118,7 @@ class GradientDescentModule(ConfiguredModule):
         loss, gradients = batch.loss_and_gradients(self)
         self._mean.add([loss, *_in_order(gradients, trained, type(self).__name__)], rows)
 
-    @torch.compiler.disable  # `torch.compile(model)` would compile it anew at each update
+    @torch.compiler.disable()  # `torch.compile(model)` would compile it anew at each update
     def _explicit_update(self, trained: list[Parameter], optimizer: Any) -> None:
         """Take the mean over the rows of all processes, clip, and step the optimizer."""
         (loss, *gradients), rows = self._mean.reduce()
@@ -164,19 +164,19 @@ class GradientDescentModule(ConfiguredModule):
 
 
 def loss_and_autograd(
-    model: GradientDescentModule, *batch: Any, **named: Any
+    self: GradientDescentModule, *batch: Any, **named: Any
 ) -> tuple[Tensor, Gradients]:
     """Return the loss, and its gradient by autograd."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        loss = model.loss(*batch, **named)
+        loss = self.loss(*batch, **named)
         found = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
     return loss.detach(), dict(zip(trained, found, strict=True))
 
 
-def by_autograd(model: GradientDescentModule, *batch: Any, **named: Any) -> Gradients:
+def by_autograd(self: GradientDescentModule, *batch: Any, **named: Any) -> Gradients:
     """Return the gradient of `loss` by autograd; `gradients = by_autograd` is a start."""
-    return loss_and_autograd(model, *batch, **named)[1]
+    return loss_and_autograd(self, *batch, **named)[1]
 
 
 def _in_order(gradients: Gradients, trained: dict[str, Parameter], model: str) -> list[Tensor]:

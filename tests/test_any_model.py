@@ -1,19 +1,24 @@
-"""Models, data and callbacks that nobody here wrote, in both modes, on one process and on two."""
+"""Models, data and options of engineers, in both modes, on one process and on two."""
 
+import os
 import sys
 from typing import Any
 
+import pandas
 import pytest
 import torch
-from conftest import normal
+from conftest import RandomRows, Rows, fit, line, normal
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.loggers import CSVLogger
 from test_distributed import launch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader
+from torchvision.models import resnet18
 
-from lightning_gd import GradientDescentModule, by_autograd
+from lightning_gd import GradientDescentModule, LinearRegression, by_autograd
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
@@ -23,25 +28,18 @@ MODES = ("explicit", "autograd")
 
 
 class Model(GradientDescentModule):
-    """Layers by name, the same in every run."""
-
     gradients = by_autograd
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         torch.manual_seed(1)
         self.build()
-        self.double()
 
     def build(self): ...
 
 
 class Images(Model):
-    """torchvision's resnet18, with batch statistics."""
-
     def build(self):
-        from torchvision.models import resnet18
-
         self.net = resnet18(num_classes=4)
 
     def loss(self, x, y):
@@ -57,10 +55,10 @@ class Language(Model):
         self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
 
     def loss(self, tokens):
-        seen, following = tokens[:, :-1], tokens[:, 1:]
-        mask = nn.Transformer.generate_square_subsequent_mask(seen.shape[1], dtype=torch.bool)
-        hidden = self.layer(self.embed(seen), mask.to(seen.device), seen == 0, is_causal=True)
-        return cross_entropy(self.out(hidden).transpose(1, 2), following, ignore_index=0)
+        seen = tokens[:, :-1]
+        mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.bool)
+        hidden = self.layer(self.embed(seen), mask, seen == 0, is_causal=True)
+        return cross_entropy(self.out(hidden).transpose(1, 2), tokens[:, 1:], ignore_index=0)
 
     def rows(self, batch):
         return int((batch[:, 1:] > 0).sum())
@@ -70,25 +68,23 @@ class Sequences(Model):
     def build(self):
         self.lstm, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 1)
 
-    def forward(self, x):
-        return self.out(self.lstm(x)[0][:, -1])[:, 0]
-
     def loss(self, x, y):
-        return mse_loss(self(x), y)
+        return mse_loss(self.out(self.lstm(x)[0][:, -1])[:, 0], y)
 
 
 class Bags(Model):
-    """Integer inputs with a weight each."""
-
     def build(self):
-        self.bag, self.out = nn.EmbeddingBag(9, 4, mode="sum"), nn.Linear(4, 3)
+        self.bag = nn.EmbeddingBag(9, 3)
 
-    def loss(self, tokens, weights, y):
-        return cross_entropy(self.out(self.bag(tokens, per_sample_weights=weights)), y)
+    def forward(self, tokens):
+        return self.bag(tokens)
+
+    def loss(self, tokens, y):
+        return cross_entropy(self(tokens), y)
 
 
 class Variational(Model):
-    """Random numbers in the loss, and dropout; the target is the input."""
+    """Random numbers in the loss, and dropout."""
 
     def build(self):
         self.encoder, self.decoder = nn.Linear(3, 4), nn.Linear(2, 3)
@@ -107,11 +103,8 @@ class Tied(Model):
     def build(self):
         self.encoder = nn.Linear(3, 2)
 
-    def forward(self, x):
-        return torch.tanh(self.encoder(x)) @ self.encoder.weight
-
     def loss(self, x, y):
-        return mse_loss(self(x), y)
+        return mse_loss(torch.tanh(self.encoder(x)) @ self.encoder.weight, y)
 
 
 class Rare(Model):
@@ -129,8 +122,6 @@ class Rare(Model):
 
 
 class Tasks(Model):
-    """Two tasks on the same rows, by name."""
-
     def build(self):
         self.body, self.price, self.kind = nn.Linear(3, 4), nn.Linear(4, 1), nn.Linear(4, 3)
 
@@ -144,7 +135,7 @@ class Packed(Model):
         self.gru, self.out = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 1)
 
     def loss(self, x, lengths, y):
-        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         return mse_loss(self.out(self.gru(packed)[1][0])[:, 0], y)
 
 
@@ -156,57 +147,47 @@ class Pairs(Model):
         return mse_loss(self.form(left, right)[:, 0], y)
 
 
-N = 19
-X, Y, LONG = normal(N, 3), normal(N, seed=1), normal(N, 5, 3, seed=2)
-CLASS, LENGTHS = torch.arange(N) % 4, torch.arange(N) % 5 + 1
-TOKENS = torch.arange(N * 6).view(N, 6) * 7 % 8 + 1
+X, Y, LONG = normal(19, 3), normal(19, seed=1), normal(19, 5, 3, seed=2)
+CLASS, LENGTHS = torch.arange(19) % 4, torch.arange(19) % 5 + 1
+TOKENS = torch.arange(19 * 6).view(19, 6) * 7 % 8 + 1
 CONTENT: dict[type[Model], Any] = {
-    Images: (normal(N, 3, 32, 32), CLASS),
+    Images: [normal(19, 3, 32, 32), CLASS],
     Language: TOKENS.masked_fill(torch.arange(6) > LENGTHS[:, None], 0),
-    Sequences: (LONG, Y),
-    Bags: (TOKENS, normal(N, 6, seed=3), CLASS % 3),
+    Sequences: [LONG, Y],
+    Bags: [TOKENS, CLASS % 3],
     Variational: X,
-    Tied: (X, X),
-    Rare: (X, CLASS),
+    Tied: [X, X],
+    Rare: [X, CLASS],
     Tasks: {"x": X, "price": Y, "kind": CLASS % 3},
-    Packed: (LONG, LENGTHS, Y),
-    Pairs: (X, normal(N, 2, seed=4), Y),
+    Packed: [LONG, LENGTHS, Y],
+    Pairs: [X, normal(19, 2, seed=4), Y],
 }
-SHARED = [kind for kind in CONTENT if kind not in (Images, Variational)]  # the same on 2 processes
+SHARED = [kind for kind in CONTENT if kind not in (Images, Variational)]  # no rows that interact
 
 
 def rows_of(content, rows: slice) -> Any:
     """Some rows of a batch of any structure."""
     if isinstance(content, dict):
-        return {name: rows_of(part, rows) for name, part in content.items()}
-    if isinstance(content, tuple):
-        return tuple(rows_of(part, rows) for part in content)
-    return content[rows]
-
-
-def loader(kind, rank=0, world=1):
-    """Batches of 8, 8 and 3 rows, of which each process takes every `world`-th row."""
-    batches = [rows_of(CONTENT[kind], slice(first, first + 8)) for first in (0, 8, 16)]
-    local: Any = [rows_of(batch, slice(rank, None, world)) for batch in batches]
-    return DataLoader(local, batch_size=None)
+        return {name: part[rows] for name, part in content.items()}
+    return [part[rows] for part in content] if isinstance(content, list) else content[rows]
 
 
 def quiet(**settings):
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    given = {"accelerator": "cpu", "precision": "64-true", "max_steps": 12, "max_epochs": -1}
-    return Trainer(**{**given, **dict.fromkeys(off, False), **settings})
+    given = {"accelerator": "cpu", "devices": 1, "precision": "64-true", "max_steps": 12}
+    return Trainer(**{"max_epochs": -1, **given, **dict.fromkeys(off, False), **settings})
 
 
-def end_of(kind, gradient, rank=0, world=1, trainer=None, **settings):
-    """All weights and buffers after 12 updates."""
+def train(kind, gradient, rank=0, world=1, compiled=False, **settings):
+    """The model after 12 updates on 8, 8 and 3 rows, of which a process has every `world`-th."""
     model = kind(**{"gradient": gradient, "lr": 0.05, "momentum": 0.5, **settings})
-    if trainer is None:
-        ddp: Any = {"strategy": "ddp", "devices": world, "use_distributed_sampler": False}
-        trainer = quiet(**(ddp if world > 1 else {"devices": 1}))
+    batches = [rows_of(CONTENT[kind], slice(first, first + 8)) for first in (0, 8, 16)]
+    local: Any = [rows_of(batch, slice(rank, None, world)) for batch in batches]
+    ddp: Any = {"strategy": "ddp", "devices": world, "use_distributed_sampler": False}
     torch.manual_seed(2)
-    trainer.fit(model, loader(kind, rank, world))
-    assert trainer.global_step == 12
-    return model.state_dict()
+    given: Any = torch.compile(model, backend="eager") if compiled else model
+    quiet(**(ddp if world > 1 else {})).fit(given, DataLoader(local, batch_size=None))
+    return model
 
 
 def same(one, other):
@@ -214,16 +195,16 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=pytest.mark.slow) if k is Images else k for k in CONTENT],
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k is Images else k for k in CONTENT]
 )
 def test_gradients_by_autograd_are_autograd_mode_to_the_bit(kind):
     """With Adam, which divides by the gradient: a difference of one bit would show."""
-    first = kind().state_dict()
     for settings in ({}, {"optimizer": "Adam", "momentum": 0.0, "lr": 0.01}):
-        explicit, autograd = (end_of(kind, mode, **settings) for mode in MODES)
-        assert same(explicit, autograd)
-        assert any(not torch.equal(first[name], explicit[name]) for name in first)
+        explicit, autograd = (train(kind, mode, **settings) for mode in MODES)
+        assert same(explicit.state_dict(), autograd.state_dict())
+        losses, others = (m.curves.history["train/loss"][1] for m in (explicit, autograd))
+        assert losses == pytest.approx(others, rel=1e-15)  # multiplied and divided by the rows
+        assert len(set(losses)) == 12 and losses[0] % 1 > 0  # not cast to integer targets
 
 
 def test_two_processes_with_uneven_rows_end_as_one(tmp_path):
@@ -235,23 +216,83 @@ def test_two_processes_with_uneven_rows_end_as_one(tmp_path):
     launch(2, [__file__, str(tmp_path)])
     ends = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for kind in SHARED:
-        alone = end_of(kind, "explicit")
+        alone = train(kind, "explicit").state_dict()
         for mode in MODES:
             mine, other = (end[kind.__name__, mode] for end in ends)
             assert same(mine, other)
             torch.testing.assert_close(mine, alone, rtol=0, atol=1e-12)
 
 
-def main(folder):
-    """Train every model that two processes can share, in both modes."""
-    import os
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the compiler
+@pytest.mark.parametrize("gradient", [pytest.param("explicit", marks=pytest.mark.slow), "autograd"])
+def test_a_compiled_model_is_the_same_model(gradient):
+    plain, compiled = (train(Rare, gradient, compiled=c) for c in (False, True))
+    assert same(plain.state_dict(), compiled.state_dict())
 
-    rank, ends = int(os.environ["RANK"]), {}
-    for kind in SHARED:
-        for mode in MODES:
-            ends[kind.__name__, mode] = end_of(kind, mode, rank, 2)
-    torch.save(ends, f"{folder}/{rank}.pt")
+
+def test_integers_in_memory_and_predictions_of_inputs_alone():
+    data, alone = Rows(TOKENS, CLASS % 3, batch_size=8), DataLoader(TOKENS, 19)  # pyright: ignore
+    models: Any = [fit(quiet(), data, Bags, gradient=mode) for mode in MODES]
+    for model in models:
+        for found in (quiet().predict(model, given) for given in (data, alone)):
+            torch.testing.assert_close(found, [model(TOKENS)], rtol=0, atol=0)
+    assert same(*(model.state_dict() for model in models))
+
+
+def searched(gradient, search=None, lr=0.02, **data):
+    """The model, its data and Trainer after a search and 12 updates."""
+    model, rows, trainer = line(gradient=gradient, lr=lr), RandomRows(**data), quiet()
+    trainer.callbacks += [search] if search else []  # pyright: ignore
+    trainer.fit(model, datamodule=rows)
+    assert trainer.global_step == 12
+    return model, rows, trainer
+
+
+def test_the_learning_rate_finder(tmp_path, monkeypatch):
+    """Both modes find the same; nothing of the search is left in the run."""
+    monkeypatch.chdir(tmp_path)
+    found, search = [], LearningRateFinder(num_training_steps=30)
+    for mode in MODES:
+        model, _, trainer = searched(mode, search, batch_size=8)
+        found.append(trainer.optimizers[0].param_groups[0]["lr"])
+        alone = searched(mode, lr=found[-1], batch_size=8)[0]
+        assert model.curves.history == alone.curves.history
+    assert found[0] == found[1] == model.hparams["lr"] != 0.02
+    with pytest.raises(ValueError, match="updates_per_step=2: .* or --model.lr auto"):
+        searched("explicit", search, batch_size=8, updates_per_step=2)  # one loss per step
+
+
+@pytest.mark.parametrize("gradient", MODES)
+def test_the_batch_size_finder(tmp_path, monkeypatch, gradient):
+    monkeypatch.chdir(tmp_path)
+    search = BatchSizeFinder(init_val=3, max_trials=3, steps_per_trial=2)
+    model, rows, _ = searched(gradient, search, batch_size=5, num_val=4)
+    assert rows.batch_size == rows.hparams["batch_size"] == 12
+    alone = searched(gradient, batch_size=12, num_val=4)[0]
+    assert model.curves.history == alone.curves.history
+    for data in ({"batch_size": 5}, {"num_val": 4}):
+        with pytest.raises(ValueError, match="set --data.batch_size and --data.num_val"):
+            searched(gradient, search, **data)
+
+
+class Logging(LinearRegression):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.log("doubled", 2 * outputs["loss"])
+
+
+@pytest.mark.parametrize("gradient", MODES)
+def test_what_was_logged_and_at_which_updates(tmp_path, gradient):
+    """Metrics of the user are logged every 2 steps, the curves at every update."""
+    logger = CSVLogger(tmp_path)
+    trainer = quiet(logger=logger, log_every_n_steps=2)
+    fit(trainer, None, Logging, num_features=3, gradient=gradient)
+    written = pandas.read_csv(f"{logger.log_dir}/metrics.csv")
+    losses, seen = written["train/loss"].dropna(), trainer.logged_metrics
+    assert (len(losses), len(written["doubled"].dropna())) == (12, 6)
+    assert seen["doubled"] / 2 == seen["train/loss"] == losses.iloc[-1]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    here, cases = int(os.environ["RANK"]), [(kind, mode) for kind in SHARED for mode in MODES]
+    ends = {(kind.__name__, mode): train(kind, mode, here, 2).state_dict() for kind, mode in cases}
+    torch.save(ends, f"{sys.argv[1]}/{here}.pt")

@@ -271,6 +271,20 @@ def test_a_schedule_of_the_models_own_is_honoured(make_trainer, plateau):
     assert rates == pytest.approx([expected, expected])
 
 
+@pytest.mark.filterwarnings("ignore:attribute 'scheduler_args' removed from hparams because")
+@pytest.mark.parametrize("gradient", MODES)
+def test_a_schedule_by_a_lambda(make_trainer, tmp_path, gradient):
+    """It is in no checkpoint; given again, the run continues with it."""
+    settings = {"gradient": gradient, **scheduled("LambdaLR", "update", lr_lambda=lambda k: 0.9**k)}
+    first, second, file = make_trainer(max_steps=5), make_trainer(max_steps=12), tmp_path / "a.ckpt"
+    fit(first, **settings)
+    first.save_checkpoint(file)
+    fit(second, ckpt_path=file, **settings)
+    assert second.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 0.9**12, rel=1e-15)
+    with pytest.raises(ValueError, match="does not hold scheduler_args"):
+        LinearRegression.load_from_checkpoint(file)
+
+
 class Shade(Enum):
     LIGHT, DARK = 1, 2
 
