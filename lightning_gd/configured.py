@@ -54,8 +54,10 @@ class ConfiguredModule(EvaluatedModule):
         scheduler = build_scheduler(h["scheduler"], optimizer, h["scheduler_args"] or {})
         interval = "step" if h["scheduler_interval"] == "update" else "epoch"
         config: dict[str, Any] = {"scheduler": scheduler, "interval": interval}
-        if self.automatic_optimization and isinstance(scheduler, ReduceLROnPlateau):
-            config.update(monitor=watched(self.trainer), frequency=STEPPED_HERE)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config["frequency"] = STEPPED_HERE
+            if self.automatic_optimization:  # else Lightning takes none
+                config["monitor"] = watched(self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def configure_gradient_clipping(

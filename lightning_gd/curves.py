@@ -55,16 +55,12 @@ class Curves:
         self.add_points(trainer, sorted(points.items()))
 
     def add_points(self, trainer: Trainer, points: Points) -> None:
-        """Write points `(update, {tag: value})` at once, to `history` and to the loggers.
-
-        The last of each curve is in `trainer.logged_metrics`.
-        """
-        last: dict[str, Tensor] = {}
+        """Write points `(update, {tag: value})` at once, to `history` and to the loggers."""
         for step, values in points:
             for tag, value in values.items():
                 self._keep(tag, step, value)
-                last[tag] = torch.tensor(value, dtype=torch.float64)
-        trainer.logged_metrics.update(last)
+        for tag, (_, column) in self.history.items():
+            trainer.logged_metrics[tag] = torch.tensor(column[-1], dtype=torch.float64)
         for logger in trainer.loggers if trainer.is_global_zero and points else ():
             if hasattr(logger, "log_points"):
                 logger.log_points(points)  # pyright: ignore[reportAttributeAccessIssue]

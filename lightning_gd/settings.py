@@ -55,10 +55,7 @@ def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
 
 
 def arguments_of(module: LightningModule) -> dict[str, Any]:
-    """Return the arguments of a model, also those that pickle cannot save, such as a lambda.
-
-    The Trainer drops these from `hparams`.
-    """
+    """Return the arguments of a model; the Trainer drops a lambda from `hparams`."""
     return {**module.hparams_initial, **module.hparams}
 
 

@@ -164,17 +164,15 @@ def tensor_data(trainer: Trainer) -> TensorDataModule | None:
 def _check_finders(trainer: Any, data: TensorDataModule) -> None:
     """Refuse a search of Lightning's that would measure something else, or fail within it."""
     several = data.updates_per_step > 1 and not trainer.lightning_module.automatic_optimization
-    for callback in trainer.callbacks:
-        if isinstance(callback, LearningRateFinder) and several:
+    small = data.full_batch or "val" not in data.tables
+    for kind in map(type, trainer.callbacks):
+        if issubclass(kind, LearningRateFinder) and several:
             raise ValueError(
-                f"updates_per_step={data.updates_per_step}: LearningRateFinder takes one loss per "
-                "step: set --data.updates_per_step 1, or --model.lr auto for least squares"
+                f"{kind.__name__} takes one loss per step: set --data.updates_per_step 1, or "
+                "--model.lr auto for least squares"
             )
-        if isinstance(callback, BatchSizeFinder) and (data.full_batch or "val" not in data.tables):
-            raise ValueError(
-                "BatchSizeFinder needs mini-batches and validation rows: set --data.batch_size "
-                "and --data.num_val"
-            )
+        if issubclass(kind, BatchSizeFinder) and small:
+            raise ValueError(f"{kind.__name__} needs --data.batch_size and --data.num_val")
 
 
 def _check_finite(part: str, table: Table, targets: bool) -> None:
