@@ -407,7 +407,6 @@ def test_parity_shows_what_the_readme_says(tmp_path):
 
 LOADED = """
 import sys
-from lightning_gd.checkpoints import read
 from lightning_gd.cli import main
 status = main(sys.argv[1:])
 print(sorted({"torch", "lightning", "numpy", "jsonargparse"} & set(sys.modules)))
