@@ -16,7 +16,7 @@ def adapt(checkpoint: dict[str, Any], new: Mapping[str, Any]) -> None:
     """Let the settings of this run win over those of a checkpoint that is being loaded."""
     old = checkpoint["hyper_parameters"]
     for name in KEPT:
-        if old[name] != new[name]:
+        if name in old and old[name] != new[name]:  # a function is in no checkpoint
             raise ValueError(
                 f"model.{name} {new[name]!r} instead of {old[name]!r} of the checkpoint: its state "
                 "would be lost; leave it out, or train anew without the checkpoint"

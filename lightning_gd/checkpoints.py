@@ -148,7 +148,8 @@ class SafeCheckpointIO(CheckpointIO):
             for name, value in settings.items():
                 with contextlib.suppress(TypeError):
                     checkpoint[part][name] = _plain(value)
-        ours["left_out"] = sorted(self.model.hparams.keys() - checkpoint["hyper_parameters"].keys())
+        kept = checkpoint["hyper_parameters"]
+        ours["left_out"] = sorted(self.model.hparams_initial.keys() - kept.keys())
         return checkpoint
 
 

@@ -13,7 +13,7 @@ from lightning_gd import checkpoints
 from lightning_gd.checkpoints import SafeCheckpointIO
 from lightning_gd.evaluation import EvaluatedModule, watched
 from lightning_gd.hooks import RunHooks
-from lightning_gd.settings import build_optimizer, build_scheduler, check_trainer
+from lightning_gd.settings import arguments_of, build_optimizer, build_scheduler, check_trainer
 from lightning_gd.updates import STEPPED_HERE, gradient_norm
 
 # Hooks of Lightning that manual optimization does not call.
@@ -45,7 +45,7 @@ class ConfiguredModule(EvaluatedModule):
                 f"lr='auto' is 1/λmax of a full-batch least-squares loss, which "
                 f"{type(self).__name__} does not have: set lr to a number"
             )
-        h, trained = self.hparams, [p for p in self.parameters() if p.requires_grad]
+        h, trained = arguments_of(self), [p for p in self.parameters() if p.requires_grad]
         optimizer = build_optimizer(
             h["optimizer"], trained, h["lr"], h["momentum"], h["optimizer_args"] or {}
         )
@@ -54,8 +54,10 @@ class ConfiguredModule(EvaluatedModule):
         scheduler = build_scheduler(h["scheduler"], optimizer, h["scheduler_args"] or {})
         interval = "step" if h["scheduler_interval"] == "update" else "epoch"
         config: dict[str, Any] = {"scheduler": scheduler, "interval": interval}
-        if self.automatic_optimization and isinstance(scheduler, ReduceLROnPlateau):
-            config.update(monitor=watched(self.trainer), frequency=STEPPED_HERE)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config["frequency"] = STEPPED_HERE
+            if self.automatic_optimization:  # else Lightning takes none
+                config["monitor"] = watched(self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def configure_gradient_clipping(

@@ -59,6 +59,8 @@ class Curves:
         for step, values in points:
             for tag, value in values.items():
                 self._keep(tag, step, value)
+        for tag, (_, column) in self.history.items():
+            trainer.logged_metrics[tag] = torch.tensor(column[-1], dtype=torch.float64)
         for logger in trainer.loggers if trainer.is_global_zero and points else ():
             if hasattr(logger, "log_points"):
                 logger.log_points(points)  # pyright: ignore[reportAttributeAccessIssue]

@@ -28,6 +28,7 @@ class EvaluatedModule(LightningModule):
         # update of the current `training_step`.
         self.batch_losses: list[tuple[Tensor, Tensor]] = []
         self.step_losses: list[tuple[Tensor, Tensor | float]] = []
+        self.gradient_norm = torch.zeros(())  # of the update that is about to be made
         self.stable_lr: float | None = None  # the largest, where a callback has found it
         self._evaluation: dict[str, Metric] = {}
 

@@ -6,14 +6,17 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_gd.adaptation import adapt, move_to_place
 from lightning_gd.batch import DataBatch, GivesUpdates, as_batch, batches_of
+from lightning_gd.curves import Value
 from lightning_gd.evaluation import EvaluatedModule, check_batch, watched
+from lightning_gd.settings import arguments_of
 from lightning_gd.updates import (
+    STEPPED_HERE,
     epoch_is_complete,
     gradient_norm,
-    record_update,
     step_plateaus,
     stop_if_diverged,
     updates_in_epoch,
@@ -33,14 +36,25 @@ class RunHooks(Callback):
 
     def setup(self, trainer: Trainer, pl_module: EvaluatedModule, stage: str) -> None:
         self.epoch_loss, self._unchecked = [0.0, 0.0], {"train", "evaluation"}
-        pl_module.batch_losses, pl_module.step_losses = [], []
+        pl_module.step_losses = []
         if trainer.precision == "64-true":  # Lightning would load a checkpoint into float32 first
             pl_module.double()
         if stage == "fit":
             pl_module.curves.history.clear()
 
+    def on_fit_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
+        """Refuse a plateau of the model's own whose `monitor` Lightning has dropped."""
+        for config in () if pl_module.automatic_optimization else trainer.lr_scheduler_configs:
+            own = config.frequency != STEPPED_HERE
+            if own and isinstance(config.scheduler, ReduceLROnPlateau):
+                raise ValueError(
+                    f"{type(pl_module).__name__} configures ReduceLROnPlateau, whose `monitor` "
+                    "Lightning drops in explicit mode: set --model.scheduler ReduceLROnPlateau"
+                )
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         self.epoch_loss = [0.0, 0.0]
+        pl_module.batch_losses = []  # a learning rate finder may have left some
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: EvaluatedModule, batch: Any, batch_idx: int
@@ -51,12 +65,18 @@ class RunHooks(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: EvaluatedModule, optimizer: Optimizer
     ) -> None:
-        """Record the update that autograd mode is about to make."""
+        """Record the loss before the update that is about to be made, and the norm."""
         if pl_module.automatic_optimization:
             losses, pl_module.batch_losses = pl_module.batch_losses, []
             rows = torch.stack([count for _, count in losses])
             loss = (torch.stack([value for value, _ in losses]) * rows).sum() / rows.sum()
-            record_update(pl_module, loss, rows.sum(), gradient_norm(pl_module.parameters()))
+            pl_module.step_losses.append((loss, rows.sum()))
+            pl_module.gradient_norm = gradient_norm(pl_module.parameters())
+        values: dict[str, Value] = {"train/loss": pl_module.step_losses[-1][0]}
+        values["gradient_norm"] = pl_module.gradient_norm
+        if trainer.global_step == 0 or trainer.lr_scheduler_configs:
+            values["lr"] = optimizer.param_groups[0]["lr"]
+        pl_module.curves.record(trainer.global_step, values)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: EvaluatedModule, *_: Any) -> None:
         """Look at the losses of the step at once, and write the curves when enough is buffered."""
@@ -144,7 +164,7 @@ class RunHooks(Callback):
     ) -> None:
         """Let the settings that were given anew win over those in the state of the optimizer."""
         if trainer.state.fn == "fit":
-            adapt(checkpoint, pl_module.hparams)
+            adapt(checkpoint, arguments_of(pl_module))
             move_to_place(checkpoint, _updates_per_batch(trainer, pl_module))
 
 

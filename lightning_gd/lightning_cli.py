@@ -3,6 +3,7 @@
 import atexit
 import inspect
 import logging
+import re
 import signal
 import time
 import warnings
@@ -231,7 +232,8 @@ def _default_width(model: type) -> int | None:
 
 def _lost(text: str) -> str:
     """Return the message shown when a collective fails because another process has died."""
-    did = "did not answer within --process_timeout" if "imed out" in text else "has ended"
+    late = re.search("timed out|timeout", text, re.IGNORECASE)
+    did = "did not answer within --process_timeout" if late else "has ended"
     detail = text.rpartition("] ")[2].partition(". This is")[0]  # without gloo's own file names
     return f"another process of this run {did} ({detail})"
 
@@ -247,7 +249,7 @@ def run(verb: str, words: list[str]) -> None:
         command.execute()
     except BaseException as error:
         atexit.register(command.end_processes)  # when the error has been printed
-        if type(error).__name__.startswith("Dist") or "gloo" in str(error):
+        if type(error).__name__.startswith("Dist") or re.search("gloo|pair closure", str(error)):
             raise RuntimeError(_lost(str(error))) from error
         raise
     if world_size() > 1:

@@ -10,7 +10,7 @@ from lightning_gd.batch import Batch, as_batch, batches_of
 from lightning_gd.configured import ConfiguredModule
 from lightning_gd.distributed import RowMean, reduce_sum, world_size
 from lightning_gd.settings import check_settings
-from lightning_gd.updates import epoch_is_complete, record_update, step_plateaus, step_schedulers
+from lightning_gd.updates import epoch_is_complete, step_plateaus, step_schedulers
 
 Gradients = dict[str, Tensor]
 
@@ -78,6 +78,11 @@ class GradientDescentModule(ConfiguredModule):
         """Return both; override it to share one forward pass."""
         return self.loss(*batch, **named), self.gradients(*batch, **named)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.gradients is by_autograd and "loss_and_gradients" not in vars(cls):
+            cls.loss_and_gradients = loss_and_autograd  # one forward pass, one draw of dropout
+
     # 2. The two modes
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | dict[str, Tensor]:
@@ -86,6 +91,7 @@ class GradientDescentModule(ConfiguredModule):
             return self._loss_for_autograd(as_batch(batch))
         batches, left = batches_of(batch), self.trainer.max_steps - self.trainer.global_step
         optimizer: Any = self.optimizers()
+        self.step_losses = []
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
             for content, due in zip(batches, self._due(len(batches), batch_idx), strict=True):
@@ -112,13 +118,15 @@ class GradientDescentModule(ConfiguredModule):
         loss, gradients = batch.loss_and_gradients(self)
         self._mean.add([loss, *_in_order(gradients, trained, type(self).__name__)], rows)
 
+    @torch.compiler.disable()  # `torch.compile(model)` would compile it anew at each update
     def _explicit_update(self, trained: list[Parameter], optimizer: Any) -> None:
-        """Take the mean over the rows of all processes, clip, record, and step the optimizer."""
+        """Take the mean over the rows of all processes, clip, and step the optimizer."""
         (loss, *gradients), rows = self._mean.reduce()
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
-        record_update(self, loss, rows, self.clip(trained))
-        optimizer.step()  # Lightning's: it counts `global_step` and calls the callbacks
+        self.step_losses.append((loss, rows))
+        self.gradient_norm = self.clip(trained)
+        optimizer.step()  # Lightning's: it counts `global_step` and calls `RunHooks`
         step_schedulers(self, "step")
         step_plateaus(self, "step", loss)
 
@@ -153,6 +161,22 @@ class GradientDescentModule(ConfiguredModule):
     @property
     def batches_per_update(self) -> int:
         return self.hparams["accumulate_grad_batches"]
+
+
+def loss_and_autograd(
+    self: GradientDescentModule, *batch: Any, **named: Any
+) -> tuple[Tensor, Gradients]:
+    """Return the loss, and its gradient by autograd."""
+    trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        loss = self.loss(*batch, **named)
+        found = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
+    return loss.detach(), dict(zip(trained, found, strict=True))
+
+
+def by_autograd(self: GradientDescentModule, *batch: Any, **named: Any) -> Gradients:
+    """Return the gradient of `loss` by autograd; `gradients = by_autograd` is a start."""
+    return loss_and_autograd(self, *batch, **named)[1]
 
 
 def _in_order(gradients: Gradients, trained: dict[str, Parameter], model: str) -> list[Tensor]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -52,6 +52,11 @@ def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of the accepted words."""
     if value not in accepted:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, accepted))}")
+
+
+def arguments_of(module: LightningModule) -> dict[str, Any]:
+    """Return the arguments of a model; the Trainer drops a lambda from `hparams`."""
+    return {**module.hparams_initial, **module.hparams}
 
 
 def check_settings(h: Mapping[str, Any]) -> None:

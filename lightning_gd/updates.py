@@ -10,7 +10,6 @@ from torch.nn import Parameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_gd.batch import CountsUpdates
-from lightning_gd.curves import Value
 from lightning_gd.evaluation import EvaluatedModule
 from lightning_gd.settings import DivergenceError
 
@@ -21,19 +20,6 @@ def gradient_norm(parameters: Iterable[Parameter]) -> Tensor:
     """Return the Euclidean norm of all gradients together, shape []."""
     norms = [torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-
-
-def record_update(
-    module: EvaluatedModule, loss: Tensor, rows: Tensor | float, norm: Tensor
-) -> None:
-    """Record the loss before the update that is about to be made, and the norm of its gradient."""
-    trainer = module.trainer
-    step = trainer.global_step
-    values: dict[str, Value] = {"train/loss": loss, "gradient_norm": norm}
-    if step == 0 or trainer.lr_scheduler_configs:
-        values["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-    module.curves.record(step, values)
-    module.step_losses.append((loss, rows))
 
 
 def step_schedulers(module: EvaluatedModule, interval: str) -> None:
@@ -47,10 +33,9 @@ def step_schedulers(module: EvaluatedModule, interval: str) -> None:
 
 
 def step_plateaus(module: EvaluatedModule, interval: str, metric: Tensor | None) -> None:
-    """Step the plateaus in both modes: Lightning does it after the checkpoint is written."""
+    """Step the plateaus of the settings in both modes: Lightning would after the checkpoint."""
     for config in _due(module.trainer, interval):
-        ours = not module.automatic_optimization or config.frequency == STEPPED_HERE
-        if ours and metric is not None and isinstance(config.scheduler, ReduceLROnPlateau):
+        if metric is not None and config.frequency == STEPPED_HERE:
             config.scheduler.step(metric)
 
 

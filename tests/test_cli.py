@@ -9,10 +9,13 @@ import pytest
 import torch
 import yaml
 from conftest import SCRIPT, curves_in, events_in, good_process, process, run, trainer_words
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from test_modes import MODES
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gd import GradientCheck, resume
+from lightning_gd.checkpoints import read
 from lightning_gd.cli import EXPERIMENTS, UsageError, experiments, main, resolve
 from lightning_gd.lightning_cli import CALLBACKS
 
@@ -296,6 +299,59 @@ def test_model_and_data_of_the_users_own(three_updates, tmp_path, monkeypatch):
     assert (status, err) == (0, "") and "train/loss" in out
     (last,) = tmp_path.glob("Ridge/version_0/checkpoints/last.ckpt")
     assert torch.load(last, weights_only=True)["global_step"] == 10 * 4  # epochs, batches of 64
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows=20):
+        self.rows = rows
+
+    def __iter__(self):
+        return ((torch.tensor([k / 10]), torch.tensor(k / 5)) for k in range(self.rows))
+
+
+class NoTest(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(Stream(), batch_size=6)
+
+
+class EmptyVal(NoTest):
+    def val_dataloader(self):
+        return []
+
+
+class Uneven(EmptyVal):
+    def train_dataloader(self):
+        return DataLoader(Stream(20 if self.trainer.global_rank else 10))  # pyright: ignore
+
+
+def on_stream(gradient, data, **trainer):
+    words = ["fit", "--model", "LinearRegression", "--data", f"test_cli.{data.__name__}"]
+    words += ["--model.gradient", gradient, "--model.lr", "0.05", "--gradient_check", "null"]
+    return [*words, *trainer_words(accelerator="cpu", max_epochs=-1, **trainer)]
+
+
+@pytest.mark.filterwarnings("ignore:.*(no `val_dataloader`|does not have many workers)")
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+@pytest.mark.parametrize("gradient", MODES)
+@pytest.mark.parametrize("data", [NoTest, EmptyVal])
+def test_a_stream_and_limits_from_the_command_line(tmp_path, gradient, data):
+    for version, limit in enumerate(({"max_steps": 7}, {"max_time": "00:00:00:01"})):
+        status, out, err = run(*on_stream(gradient, data, default_root_dir=tmp_path, **limit))
+        assert (status, err) == (0, "") and "train/loss" in out
+        kept = tmp_path / f"LinearRegression/version_{version}/checkpoints"
+        assert (kept / "best.ckpt").is_file()
+        (updates,) = re.findall(r"updates +([\d,]+)", out)
+        assert read(kept / "last.ckpt")["global_step"] == int(updates.replace(",", ""))
+
+
+@pytest.mark.parametrize("gradient", ["explicit", pytest.param("autograd", marks=pytest.mark.slow)])
+def test_unequal_numbers_of_batches_end_at_the_timeout(forge, tmp_path, monkeypatch, gradient):
+    monkeypatch.chdir(Path(__file__).parent)
+    two = {"devices": 2, "strategy": "ddp", "default_root_dir": tmp_path}
+    words = [*on_stream(gradient, Uneven, **two), "--process_timeout", "3"]
+    statuses, log = forge.run(words, world=2)
+    assert statuses == [1, 1] and "did not answer within --process_timeout" in log
+    assert len(re.findall("^error: another process of this run", log, re.M)) == 2
 
 
 def test_started_processes_see_the_same_run(tmp_path, monkeypatch):

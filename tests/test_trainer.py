@@ -239,36 +239,61 @@ def test_learning_rate_monitor_sees_every_update(make_trainer, tmp_path):
 
 
 class Scheduled(LinearRegression):
-    """Configures its own optimizer: a schedule every third update, a plateau by epoch."""
+    """Configures its own optimizer: a schedule every third update, or a plateau by epoch."""
 
-    def __init__(self, plateau: bool, **settings):
+    def __init__(self, monitor: str | None, mode: Any = "min", **settings):
         super().__init__(**settings)
-        self.plateau = plateau
+        self.monitor, self.mode = monitor, mode
+
+    def on_train_batch_end(self, *_):
+        self.log("made", float(self.trainer.global_step))
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=0.02)
-        if self.plateau:
-            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-                optimizer, mode="max", patience=0, factor=0.5
-            )
-            config: Any = {"scheduler": scheduler, "monitor": "val/loss"}
+        if self.monitor:
+            plateau: Any = {"mode": self.mode, "patience": 0, "factor": 0.5}
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **plateau)
+            config: Any = {"scheduler": scheduler, "monitor": self.monitor}
         else:
             scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
             config = {"scheduler": scheduler, "interval": "step", "frequency": 3}
         return {"optimizer": optimizer, "lr_scheduler": config}
 
 
+OWN = {  # how often the rate is halved in 4 epochs of 4 updates
+    "every third update of an epoch": ((None,), 4),
+    "a falling loss for max": (("val/loss", "max"), 3),
+    "a rising number for min": (("made", "min"), 3),
+    "a rising number for max": (("made", "max"), 0),
+}
+
+
 @pytest.mark.filterwarnings("ignore:The lr scheduler dict contains the key.*monitor")
-@pytest.mark.parametrize("plateau", [False, True])
-def test_a_schedule_of_the_models_own_is_honoured(make_trainer, plateau):
-    """A falling loss is no progress for mode "max": the rate halves from the second epoch on."""
-    rates = []
-    for gradient in MODES:
-        trainer, data = make_trainer(max_epochs=4), {**FOUR, "updates_per_step": 2}
-        fit(trainer, data, Scheduled, plateau=plateau, num_features=3, gradient=gradient)
-        rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-    expected = 0.02 * 0.5 ** (3 if plateau else 4)  # the third of 4 updates in each epoch
-    assert rates == pytest.approx([expected, expected])
+@pytest.mark.parametrize("gradient", MODES)
+@pytest.mark.parametrize("args, times", OWN.values(), ids=OWN)
+def test_a_schedule_of_the_models_own_is_honoured_or_refused(make_trainer, gradient, args, times):
+    trainer, data = make_trainer(max_epochs=4), {**FOUR, "updates_per_step": 2}
+    model = Scheduled(*args, num_features=3, gradient=gradient)
+    if gradient == "explicit" and args[0]:
+        with pytest.raises(ValueError, match="set --model.scheduler ReduceLROnPlateau"):
+            trainer.fit(model, datamodule=RandomRows(**data))
+        return
+    trainer.fit(model, datamodule=RandomRows(**data))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 0.5**times)
+
+
+@pytest.mark.filterwarnings("ignore:attribute 'scheduler_args' removed from hparams because")
+@pytest.mark.parametrize("gradient", MODES)
+def test_a_schedule_by_a_lambda(make_trainer, tmp_path, gradient):
+    """It is in no checkpoint; given again, the run continues with it."""
+    settings = {"gradient": gradient, **scheduled("LambdaLR", "update", lr_lambda=lambda k: 0.9**k)}
+    first, second, file = make_trainer(max_steps=5), make_trainer(max_steps=12), tmp_path / "a.ckpt"
+    fit(first, **settings)
+    first.save_checkpoint(file)
+    fit(second, ckpt_path=file, **settings)
+    assert second.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 0.9**12, rel=1e-15)
+    with pytest.raises(ValueError, match="does not hold scheduler_args"):
+        LinearRegression.load_from_checkpoint(file)
 
 
 class Shade(Enum):

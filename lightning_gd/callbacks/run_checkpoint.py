@@ -96,7 +96,8 @@ class RunCheckpoint(Checkpoint):
         return bool(self.every_n_updates) and trainer.global_step % self.every_n_updates == 0
 
     def _save_within_epoch(self, trainer: Trainer) -> None:
-        if self._is_due(trainer) or trainer.global_step == trainer.max_steps:
+        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if ends or self._is_due(trainer):
             self._save_last(trainer)
 
     def _save_best(self, trainer: Trainer) -> None:

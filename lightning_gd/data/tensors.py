@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor
 
 from lightning_gd.batch import Batch, as_batch
@@ -71,6 +72,8 @@ class TensorDataModule(LightningDataModule):
             table.use(self._dtype)
             if first:
                 _check_finite(part, table, targets=stage != "predict")
+        if stage == "fit" and self.trainer is not None:
+            _check_finders(self.trainer, self)
         if stage == "validate" and "val" not in self.tables:
             raise ValueError("num_val=0 leaves no rows to validate on: set --data.num_val")
         own = type(self).val_dataloader is TensorDataModule.val_dataloader
@@ -156,6 +159,20 @@ def tensor_data(trainer: Trainer) -> TensorDataModule | None:
     """Return the TensorDataModule of a run; None if it has other data."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, TensorDataModule) else None
+
+
+def _check_finders(trainer: Any, data: TensorDataModule) -> None:
+    """Refuse a search of Lightning's that would measure something else, or fail within it."""
+    several = data.updates_per_step > 1 and not trainer.lightning_module.automatic_optimization
+    small = data.full_batch or "val" not in data.tables
+    for kind in map(type, trainer.callbacks):
+        if issubclass(kind, LearningRateFinder) and several:
+            raise ValueError(
+                f"{kind.__name__} takes one loss per step: set --data.updates_per_step 1, or "
+                "--model.lr auto for least squares"
+            )
+        if issubclass(kind, BatchSizeFinder) and small:
+            raise ValueError(f"{kind.__name__} needs --data.batch_size and --data.num_val")
 
 
 def _check_finite(part: str, table: Table, targets: bool) -> None:
