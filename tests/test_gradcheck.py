@@ -382,3 +382,33 @@ def test_a_fit_with_the_check_is_the_fit_without(make_trainer, gradient):
         ends.append(state(model))
     assert equal(*ends) and model.calls > 8
     assert callbacks[0].checks == 6
+
+
+class Summed(Linear):
+    """The sum over the rows, of which `rows` counts each or only one."""
+
+    one = False
+
+    def rows(self, batch):
+        return 1.0 if self.one else super().rows(batch)
+
+    def loss(self, x, y):
+        return super().loss(x, y) * len(x)
+
+    def gradients(self, x, y):
+        return {name: g * len(x) for name, g in super().gradients(x, y).items()}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_sum_that_is_counted_by_rows_is_named_where_it_matters(make_trainer, dropout):
+    alone, both = (
+        Summed(lr=1e-4, dropout=dropout, accumulate_grad_batches=batches).double()
+        for batches in (1, 2)
+    )
+    make_trainer(max_steps=2, callbacks=[GradientCheck()]).fit(alone, RandomRows(batch_size=8))
+    with pytest.raises(GradientError, match="loss: the loss of 8 rows is .* weighted by rows"):
+        make_trainer(max_steps=2, callbacks=[GradientCheck()]).fit(both, RandomRows(batch_size=8))
+    both.one = True
+    make_trainer(max_steps=2, callbacks=[GradientCheck()]).fit(both, RandomRows(batch_size=8))
+    right = Linear(lr=1e-4, dropout=dropout, accumulate_grad_batches=2).double()
+    make_trainer(max_steps=2, callbacks=[GradientCheck()]).fit(right, RandomRows(batch_size=4))

@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gd.batch import DataBatch, call, is_current, tensors
@@ -24,7 +24,7 @@ from lightning_gd.gradcheck.bench import Loss, Weights
 from lightning_gd.gradcheck.check import loss_of_step
 from lightning_gd.gradcheck.delivered import Delivery, Part
 from lightning_gd.gradcheck.report import GradientReport
-from lightning_gd.gradcheck.twin import RandomState
+from lightning_gd.gradcheck.twin import RandomState, converted, twin
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.moments import MomentsBatch
 
@@ -142,12 +142,40 @@ def rows_of(part: Part) -> int:
 def draw(content: Any, rows: int, seed: int) -> Any:
     """Return at most so many rows of a batch of any structure, drawn at random."""
     count = len(next(tensors(content)))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:rows]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return pick(content, order[:rows])
 
-    def pick(values: Tensor) -> Tensor:
-        return values[order.to(values.device)] if values.shape[:1] == (count,) else values
 
-    return apply_to_collection(content, Tensor, pick)
+def pick(content: Any, rows: Tensor) -> Any:
+    """Return some rows of every tensor that has as many as the first."""
+    count = len(next(tensors(content)))
+
+    def picked(values: Tensor) -> Tensor:
+        return values[rows.to(values.device)] if values.shape[:1] == (count,) else values
+
+    return apply_to_collection(content, Tensor, picked)
+
+
+@torch.no_grad()
+def not_a_mean(model: nn.Module, batch: Any) -> str:
+    """Say if the loss of some rows is not the mean of those of its halves, weighted by `rows`."""
+    copied, content = twin(model, torch.float64).eval(), converted(batch, torch.float64)
+    order = torch.arange(len(next(tensors(content))))
+    if len(order) < 2:
+        return ""
+    parts = [content, *(pick(content, half) for half in order.split(len(order) - len(order) // 3))]
+    losses = [float(own_loss(copied, part)) for part in parts]
+    _, *weights = (float(copied.rows(part)) for part in parts)
+    if weights == [1.0, 1.0]:  # of a sum
+        return ""
+    mean = sum(w * loss for w, loss in zip(weights, losses[1:], strict=True)) / sum(weights)
+    if abs(mean - losses[0]) <= 1e-6 * max(map(abs, losses)):
+        return ""
+    return (
+        f"the loss of {len(order)} rows is {losses[0]:.6g}, and the mean of those of its parts, "
+        f"weighted by rows(batch), is {mean:.6g}: on several processes or with accumulated batches the "
+        "gradient is another; let rows(batch) return what the loss divides by, 1 for a sum"
+    )
 
 
 def print_report(report: GradientReport, title: str) -> None:
