@@ -173,8 +173,8 @@ def not_a_mean(model: nn.Module, batch: Any) -> str:
         return ""
     return (
         f"the loss of {len(order)} rows is {losses[0]:.6g}, and the mean of those of its parts, "
-        f"weighted by rows(batch), is {mean:.6g}: on several processes or with accumulated batches the "
-        "gradient is another; let rows(batch) return what the loss divides by, 1 for a sum"
+        f"weighted by rows(batch), is {mean:.6g}: on several processes or with accumulated "
+        "batches the gradient is another; let rows(batch) return what the loss divides by"
     )
 
 
