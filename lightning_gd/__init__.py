@@ -15,7 +15,8 @@ __version__ = "0.2.0"
 
 _PLACES = (
     "module.py batch.py moments.py curvature.py leastsquares.py checkpoints.py resume.py logger.py "
-    "gradcheck/*.py models/*.py data/*.py callbacks/*.py"
+    "gradcheck/check.py gradcheck/function.py gradcheck/objective.py gradcheck/report.py "
+    "models/*.py data/*.py callbacks/*.py"
 )
 
 

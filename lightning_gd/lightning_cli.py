@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lightning_gd
-from lightning_gd.callbacks.checked_update import draw, print_report
+from lightning_gd.checked_update import draw, print_report
 from lightning_gd.checkpoints import check_class, check_shapes, read
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.distributed import world_size

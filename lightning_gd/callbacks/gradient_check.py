@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_gd.batch import Updates, batches_of
-from lightning_gd.callbacks.checked_update import Update, draw, not_a_mean, own_loss
+from lightning_gd.checked_update import Update, draw, not_a_mean, own_loss
 from lightning_gd.distributed import reduce_sum, world_size
 from lightning_gd.gradcheck.check import check_formula
 from lightning_gd.gradcheck.delivered import Part, check_delivered
