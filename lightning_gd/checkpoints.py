@@ -148,7 +148,7 @@ class SafeCheckpointIO(CheckpointIO):
             for name, value in settings.items():
                 with contextlib.suppress(TypeError):
                     checkpoint[part][name] = _plain(value)
-        kept = checkpoint["hyper_parameters"]
+        kept = checkpoint.get("hyper_parameters", self.model.hparams_initial)  # or weights alone
         ours["left_out"] = sorted(self.model.hparams_initial.keys() - kept.keys())
         return checkpoint
 
