@@ -182,6 +182,7 @@ def test_mistakes_are_caught_from_any_start(seed):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:GradientCheck. p.grad was not compared in float64")
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_right_cases_pass(kind):
     """Sizes, precisions, seeds, scales of the loss, accumulated batches: no false alarm."""
