@@ -24,10 +24,11 @@ from lightning_gd.gradcheck.bench import Loss, Weights
 from lightning_gd.gradcheck.check import loss_of_step
 from lightning_gd.gradcheck.delivered import Delivery, Part
 from lightning_gd.gradcheck.report import GradientReport
-from lightning_gd.gradcheck.twin import RandomState, converted, twin
+from lightning_gd.gradcheck.twin import RandomState, converted, isolated, torch_states, twin
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.moments import MomentsBatch
 
+NOT_ROUNDING = 1e-4  # of a loss of a few rows in float32, which rounds by about 1e-6
 SHORT = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -156,20 +157,26 @@ def pick(content: Any, rows: Tensor) -> Any:
     return apply_to_collection(content, Tensor, picked)
 
 
-@torch.no_grad()
 def not_a_mean(model: nn.Module, batch: Any) -> str:
-    """Say if the loss of some rows is not the mean of those of its halves, weighted by `rows`."""
-    copied, content = twin(model, torch.float64).eval(), converted(batch, torch.float64)
+    """Say if the loss of some rows is not the mean of those of its parts, weighted by `rows`.
+
+    Nothing is said of a loss that draws random numbers, which are others for each part, nor of
+    parts without weight, whose mean is undefined.
+    """
+    copied, content = twin(model).eval(), converted(batch, None)
     order = torch.arange(len(next(tensors(content))))
-    if len(order) < 2:
+    if len(order) < 3:
         return ""
     parts = [content, *(pick(content, half) for half in order.split(len(order) - len(order) // 3))]
-    losses = [float(own_loss(copied, part)) for part in parts]
+    with isolated(torch.get_default_dtype()), torch.no_grad():
+        before = torch_states()
+        losses = [float(own_loss(copied, part)) for part in parts]
+        drawn = not all(map(torch.equal, before, torch_states()))
     _, *weights = (float(copied.rows(part)) for part in parts)
-    if weights == [1.0, 1.0]:  # of a sum
+    if drawn or not all(weights) or weights == [1.0, 1.0]:  # the last of a sum
         return ""
     mean = sum(w * loss for w, loss in zip(weights, losses[1:], strict=True)) / sum(weights)
-    if abs(mean - losses[0]) <= 1e-6 * max(map(abs, losses)):
+    if abs(mean - losses[0]) <= NOT_ROUNDING * max(map(abs, losses)):
         return ""
     return (
         f"the loss of {len(order)} rows is {losses[0]:.6g}, and the mean of those of its parts, "

@@ -412,3 +412,20 @@ def test_a_sum_that_is_counted_by_rows_is_named_where_it_matters(make_trainer, d
     make_trainer(max_steps=2, callbacks=[GradientCheck()]).fit(both, RandomRows(batch_size=8))
     right = Linear(lr=1e-4, dropout=dropout, accumulate_grad_batches=2).double()
     make_trainer(max_steps=2, callbacks=[GradientCheck()]).fit(right, RandomRows(batch_size=4))
+
+
+class Noisy(Linear):
+    def loss(self, x, y):
+        return super().loss(x, y) + 0.1 * torch.randn(()).to(x)
+
+
+def test_a_loss_that_draws_random_numbers_is_no_sum(make_trainer):
+    """Its parts have other random numbers; and asking them leaves those of the run as they are."""
+    ends = []
+    for callbacks in ([], [GradientCheck()]):
+        torch.manual_seed(0)
+        model = Noisy(lr=1e-4, dropout=0.5, gradient="autograd").double()
+        trainer = make_trainer(max_steps=3, callbacks=callbacks, accumulate_grad_batches=2)
+        trainer.fit(model, RandomRows(batch_size=8))
+        ends.append(state(model))
+    assert equal(*ends)

@@ -30,8 +30,8 @@ class RandomState(NamedTuple):
     @classmethod
     def now(cls) -> "RandomState":
         """Return the present state."""
-        cuda = torch.cuda.get_rng_state_all()
-        return cls(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())
+        cpu, *cuda = torch_states()
+        return cls(cpu, cuda, random.getstate(), np.random.get_state())
 
     @classmethod
     def seeded(cls, seed: int) -> "RandomState":
