@@ -56,7 +56,9 @@ class Coefficients(Callback):
         _print(data.target, rows)
         if getattr(type(pl_module), "loss", None) is LinearRegression.loss:
             gaps = torch.cat([weight, bias[None]]).detach().cpu() - best
-            distance = float(gaps.abs().max() / best[:-1].abs().max())
+            # The weights for a target that hardly varies are rounding errors, and no scale.
+            size = max(float(best[:-1].abs().max()), 1e-9 * abs(float(best[-1]))) or 1.0
+            distance = float(gaps.abs().max()) / size
             print(_verdict(trainer, distance, curvature))
         header = ("term", "coefficient", "least_squares", "difference")
         lines = [header, *((term, a, b, a - b) for term, a, b in rows)]
