@@ -157,8 +157,10 @@ def _sync_folder(folder: Path) -> None:
     """Flush the directory so that the rename survives a crash (POSIX only)."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _plain(value: Any) -> Any:

@@ -94,10 +94,11 @@ class GradientDescentModule(ConfiguredModule):
         self.step_losses = []
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+            parameters = list(trained.values())
             for content, due in zip(batches, self._due(len(batches), batch_idx), strict=True):
                 self._add_local_gradients(as_batch(content), trained)
                 if due:
-                    self._explicit_update(list(trained.values()), optimizer)
+                    self._explicit_update(parameters, optimizer)
                 if len(self.step_losses) == left:  # max_steps lies within this step
                     break
         if epoch_is_complete(self.trainer):

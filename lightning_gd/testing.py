@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from lightning_gd.batch import tensors
 from lightning_gd.callbacks.gradient_check import GradientCheck
 from lightning_gd.gradcheck import GradientError
-from lightning_gd.gradcheck.bench import converted
+from lightning_gd.gradcheck.twin import converted
 from lightning_gd.module import GradientDescentModule
 
 OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")

@@ -16,8 +16,10 @@ class ParameterReport:
     """The check of one parameter."""
 
     name: str
-    error: float = math.nan  # largest entry of |actual − expected|; nan: nothing was compared
-    size: float = 0.0  # largest entry of the expected gradient
+    # |actual − expected| and |expected|: of p.grad the largest entry, of a Function's gradient in
+    # short numbers the 2-norm, else the slopes along one direction and the 2-norm of the gradient.
+    error: float = math.nan  # nan: nothing was compared
+    size: float = 0.0
     bound: float = math.nan  # largest error that rounding explains
     diagnosis: str | None = None  # what is wrong
     slopes: Mapping[str, float] = field(default_factory=dict)  # of the loss along a direction
