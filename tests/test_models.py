@@ -1,12 +1,14 @@
 """Every model in `lightning_gd/models`: its formulas, start values, names and metrics."""
 
 import math
+import shutil
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Rows, normal
+from conftest import Rows, find_models, normal, run
 
 import lightning_gd
 from lightning_gd import (
@@ -17,6 +19,7 @@ from lightning_gd import (
     ParityRegressor,
     RidgeRegression,
     check_gradients,
+    models,
 )
 
 
@@ -220,3 +223,39 @@ def test_the_network_stands_extreme_scores_and_does_not_learn_from_zeros():
         for value in model.parameters():
             value.zero_()
     assert {name for name, g in model.gradients(x, y + 1).items() if g.any()} == {"bias"}
+
+
+# A model is one file
+
+LATER = """
+from lightning_gd.models.linear import LinearRegression
+
+class Later(LinearRegression):
+    def gradients(self, x, y):
+        r = self(x) - y
+        return {"weight": 2 * r @ x / len(r), "bias": FACTOR * r.mean()}
+"""
+LINE = "--data PointsData --trainer.max_steps 3 --trainer.enable_progress_bar false".split()
+
+
+@pytest.mark.parametrize("factor", [2, 1])
+def test_a_model_is_one_file(tmp_path, monkeypatch, factor):
+    """One more file in `models` is a name of the package, found, checked and trained."""
+    package, folder = Path(lightning_gd.__file__).parent, tmp_path / "lightning_gd"
+    shutil.copytree(package, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(lightning_gd, "__file__", str(folder / "__init__.py"))
+    monkeypatch.setattr(lightning_gd, "_names", lightning_gd._names.__wrapped__)  # not cached
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(folder / "models")])
+    name, file = f"Later{factor}", f"later{factor}.py"
+    text = LATER.replace("Later", name).replace("FACTOR", str(factor))
+    (folder / "models" / file).write_text(text)
+    later = getattr(lightning_gd, name)
+    assert later in find_models() and name in dir(lightning_gd)
+    report = check_gradients(*later.example_batch())
+    assert [p.name for p in report.parameters if p.diagnosis] == ([] if factor == 2 else ["bias"])
+    (tmp_path / file).write_text(text)  # a file of the user's, in the working directory
+    monkeypatch.chdir(tmp_path)
+    right, wrong = f"lightning_gd.{name}", f"later{factor}.{name}"
+    status, out, err = run("--model", right if factor == 2 else wrong, *LINE)
+    assert (status, "test/loss" in out) == ((0, True) if factor == 2 else (2, False)), err
+    assert factor == 2 or "bias: WRONG" in err
