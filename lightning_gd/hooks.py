@@ -32,10 +32,12 @@ class RunHooks(Callback):
 
     def __init__(self) -> None:
         self.epoch_loss: list[Any] = [0.0, 0.0]  # Σ loss · rows of this epoch so far, Σ rows
+        self.validation_loss: float | None = None  # the last one
         self._unchecked: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: EvaluatedModule, stage: str) -> None:
-        self.epoch_loss, self._unchecked = [0.0, 0.0], {"train", "evaluation"}
+        self.epoch_loss, self.validation_loss = [0.0, 0.0], None
+        self._unchecked = {"train", "evaluation"}
         pl_module.step_losses = []
         if trainer.precision == "64-true":  # Lightning would load a checkpoint into float32 first
             pl_module.double()
@@ -102,7 +104,9 @@ class RunHooks(Callback):
         if rows and not whole:
             pl_module.log("train/loss", total / rows, logger=False)
         if epoch_is_complete(trainer):
-            step_plateaus(pl_module, "epoch", trainer.callback_metrics.get(watched(trainer)))
+            # A run resumed after the last validation of an epoch has only what was saved of it.
+            loss = trainer.callback_metrics.get(watched(trainer), self.validation_loss)
+            step_plateaus(pl_module, "epoch", loss)
 
     def on_train_end(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         pl_module.curves.write(trainer)
@@ -136,6 +140,8 @@ class RunHooks(Callback):
         module.log_dict(values, logger=False, sync_dist=True)
         if not trainer.sanity_checking:
             module.curves.record(trainer.global_step, dict(values))
+            loss = values.get("val/loss")
+            self.validation_loss = None if loss is None else float(loss)
 
     def _check(self, kind: str, module: EvaluatedModule, content: Any) -> None:
         if kind in self._unchecked:
@@ -145,10 +151,12 @@ class RunHooks(Callback):
                 check_batch(module, first.content)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch_loss": [float(value) for value in self.epoch_loss]}
+        epoch_loss = [float(value) for value in self.epoch_loss]
+        return {"epoch_loss": epoch_loss, "validation_loss": self.validation_loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epoch_loss = list(state_dict["epoch_loss"])
+        self.validation_loss = state_dict.get("validation_loss")
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: EvaluatedModule, checkpoint: dict[str, Any]

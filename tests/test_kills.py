@@ -143,6 +143,16 @@ def test_killed_at_more_random_moments(forge, tmp_path, name):
     survive_two_kills(Case(forge, *CASES[name], tmp_path), seed=name)
 
 
+def test_killed_between_the_last_validation_of_an_epoch_and_its_end(forge, tmp_path):
+    """The plateau steps by a validation loss from before the checkpoint: 9 updates per epoch,
+    validation at the 4th and 8th, and the 15th checkpoint is that of update 35 = 3 * 9 + 8."""
+    typed, world = CASES["validation within the epoch"]
+    case = Case(forge, f"{typed} --trainer.max_epochs 8", world, tmp_path)
+    statuses, _ = forge.run(case.command("between"), die={"save": 15, "how": "after the rename"})
+    assert statuses == [-9] and read(last(tmp_path / "between"))["global_step"] == 35
+    case.check_resumed("between")
+
+
 @pytest.mark.parametrize(
     "how",
     [
