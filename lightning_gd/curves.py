@@ -1,6 +1,8 @@
 """Curves with one point per update, buffered on the device and written many at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,6 +13,7 @@ from lightning_gd.distributed import reduce_sum
 BUFFERED = 512  # points kept before they are written
 DENSE = 17  # bits: below 2¹⁷ updates every point is written, then every 2nd, 4th, …
 KEPT = 4_000  # points of a curve kept in `history`
+EXACT: Any = {"dtype": torch.float64, "device": "cpu"}
 
 Value = Tensor | float
 Points = list[tuple[int, dict[str, float]]]
@@ -28,7 +31,7 @@ class Curves:
 
     def __init__(self) -> None:
         self.history: dict[str, tuple[list[int], list[float]]] = {}
-        self._buffer: dict[tuple[str, bool], list[tuple[int, Value]]] = {}
+        self._buffer: dict[tuple[str, bool], list[tuple[Sequence[int], Tensor]]] = {}
 
     def record(self, step: int, values: Mapping[str, Value], *, local: bool = False) -> None:
         """Keep one point per curve after `step` updates; tensors stay on their device.
@@ -36,21 +39,33 @@ class Curves:
         Of `local` values the sums over all processes are written; every process must then record
         the same points.
         """
-        if step % (1 << max(0, step.bit_length() - DENSE)) == 0:
+        if _is_kept(step):
             for tag, value in values.items():
-                self._buffer.setdefault((tag, local), []).append((step, value))
+                known = isinstance(value, Tensor)
+                column = value.reshape(1) if known else torch.tensor([value], **EXACT)
+                self._buffer.setdefault((tag, local), []).append(((step,), column))
+
+    def record_all(
+        self, steps: Sequence[int], columns: Mapping[str, Tensor], *, local: bool = False
+    ) -> None:
+        """Keep the points of several updates: one value per step in each column, shape [k]."""
+        kept = [i for i, step in enumerate(steps) if _is_kept(step)]
+        for tag, column in columns.items() if kept else ():
+            points = [steps[i] for i in kept], column[kept] if len(kept) < len(steps) else column
+            self._buffer.setdefault((tag, local), []).append(points)
 
     def full(self) -> bool:
         """Tell whether enough is buffered to be worth writing."""
-        return any(len(points) >= BUFFERED for points in self._buffer.values())
+        return any(sum(len(c) for _, c in kept) >= BUFFERED for kept in self._buffer.values())
 
     def write(self, trainer: Trainer) -> None:
         """Write what is buffered, with one transfer from the device per curve."""
         buffer, self._buffer = self._buffer, {}
         points: dict[int, dict[str, float]] = {}
-        for (tag, local), column in buffer.items():
-            numbers = _numbers([value for _, value in column], local)
-            for (step, _), value in zip(column, numbers, strict=True):
+        for (tag, local), kept in buffer.items():
+            values = torch.cat([column for _, column in kept])
+            numbers = (reduce_sum(values) if local else values).tolist()
+            for step, value in zip(chain(*(steps for steps, _ in kept)), numbers, strict=True):
                 points.setdefault(step, {})[tag] = value
         self.add_points(trainer, sorted(points.items()))
 
@@ -76,10 +91,5 @@ class Curves:
             del steps[1::2], values[1::2]
 
 
-def _numbers(column: list[Value], local: bool) -> list[float]:
-    """Return the values of a curve, all tensors or all floats, with one transfer."""
-    tensors = [value for value in column if isinstance(value, Tensor)]
-    if not tensors:
-        return [float(value) for value in column]
-    stacked = torch.stack(tensors)
-    return (reduce_sum(stacked) if local else stacked).tolist()
+def _is_kept(step: int) -> bool:
+    return step % (1 << max(0, step.bit_length() - DENSE)) == 0

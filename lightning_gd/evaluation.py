@@ -29,6 +29,7 @@ class EvaluatedModule(LightningModule):
         self.batch_losses: list[tuple[Tensor, Tensor]] = []
         self.step_losses: list[tuple[Tensor, Tensor | float]] = []
         self.gradient_norm = torch.zeros(())  # of the update that is about to be made
+        self.not_direct = ""  # why the updates of a step are each made by `optimizer.step()`
         self.stable_lr: float | None = None  # the largest, where a callback has found it
         self._evaluation: dict[str, Metric] = {}
 

@@ -8,6 +8,7 @@ from torch.nn import Parameter
 
 from lightning_gd.batch import Batch, as_batch, batches_of
 from lightning_gd.configured import ConfiguredModule
+from lightning_gd.direct import UpdatesOfStep
 from lightning_gd.distributed import RowMean, reduce_sum, world_size
 from lightning_gd.settings import check_settings
 from lightning_gd.updates import epoch_is_complete, step_plateaus, step_schedulers
@@ -90,15 +91,14 @@ class GradientDescentModule(ConfiguredModule):
         if self.automatic_optimization:
             return self._loss_for_autograd(as_batch(batch))
         batches, left = batches_of(batch), self.trainer.max_steps - self.trainer.global_step
-        optimizer: Any = self.optimizers()
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        updates = UpdatesOfStep(self, self.optimizers(), list(trained.values()), len(batches))
         self.step_losses = []
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-            parameters = list(trained.values())
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), updates:
             for content, due in zip(batches, self._due(len(batches), batch_idx), strict=True):
                 self._add_local_gradients(as_batch(content), trained)
                 if due:
-                    self._explicit_update(parameters, optimizer)
+                    self._explicit_update(updates)
                 if len(self.step_losses) == left:  # max_steps lies within this step
                     break
         if epoch_is_complete(self.trainer):
@@ -120,16 +120,16 @@ class GradientDescentModule(ConfiguredModule):
         self._mean.add([loss, *_in_order(gradients, trained, type(self).__name__)], rows)
 
     @torch.compiler.disable()  # `torch.compile(model)` would compile it anew at each update
-    def _explicit_update(self, trained: list[Parameter], optimizer: Any) -> None:
-        """Take the mean over the rows of all processes, clip, and step the optimizer."""
+    def _explicit_update(self, updates: UpdatesOfStep) -> None:
+        """Take the mean over the rows of all processes, and update the weights by it."""
         (loss, *gradients), rows = self._mean.reduce()
-        for parameter, gradient in zip(trained, gradients, strict=True):
+        for parameter, gradient in zip(updates.trained, gradients, strict=True):
             parameter.grad = gradient
         self.step_losses.append((loss, rows))
-        self.gradient_norm = self.clip(trained)
-        optimizer.step()  # Lightning's: it counts `global_step` and calls `RunHooks`
-        step_schedulers(self, "step")
-        step_plateaus(self, "step", loss)
+        updates.make()
+        if self.trainer.lr_scheduler_configs:
+            step_schedulers(self, "step")
+            step_plateaus(self, "step", loss)
 
     def _due(self, count: int, batch_idx: int) -> list[bool]:
         """Tell for each of the `count` batches of this step whether it ends an update."""

@@ -32,7 +32,7 @@ def step_schedulers(module: EvaluatedModule, interval: str) -> None:
             config.scheduler.step()
 
 
-def step_plateaus(module: EvaluatedModule, interval: str, metric: Tensor | None) -> None:
+def step_plateaus(module: EvaluatedModule, interval: str, metric: Tensor | float | None) -> None:
     """Step the plateaus of the settings in both modes: Lightning would after the checkpoint."""
     for config in _due(module.trainer, interval):
         if metric is not None and config.frequency == STEPPED_HERE:

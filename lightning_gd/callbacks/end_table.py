@@ -47,6 +47,9 @@ class EndTable(Callback):
             "learning rate": f"{lr:g}" if isinstance(lr, float) else str(lr),
             "processes": f"{trainer.world_size} ({trainer.strategy.root_device.type})",
         }
+        if pl_module.hparams.get("gradient") == "explicit":
+            why = getattr(pl_module, "not_direct", "")
+            self._rows["updated by"] = f"optimizer.step(): {why}" if why else "SGD directly"
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, GradientCheck):
                 self._rows["gradient check"] = callback.summary()

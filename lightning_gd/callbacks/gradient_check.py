@@ -57,6 +57,8 @@ class GradientCheck(Callback):
         GradientError: During a fit, on all processes, with the parameter and its mistake.
     """
 
+    called_directly = True  # by `UpdatesOfStep`
+
     def __init__(
         self,
         every_n_updates: int = 1000,

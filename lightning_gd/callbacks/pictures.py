@@ -35,6 +35,8 @@ class Pictures(Callback):
         worst: Largest number of wrongly scored digits shown.
     """
 
+    called_directly = True  # by `UpdatesOfStep`
+
     def __init__(self, worst: int = 20) -> None:
         whole_number("worst", worst, 1)
         self.worst = worst

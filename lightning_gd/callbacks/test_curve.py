@@ -30,6 +30,7 @@ class TestCurve(Callback):
             batch, and the first of each epoch of mini-batches.
     """
 
+    called_directly = True  # by `UpdatesOfStep`
     __test__ = False  # tells pytest that this is no test
 
     def __init__(self, every_n_updates: int | None = None) -> None:
@@ -73,8 +74,8 @@ class TestCurve(Callback):
         if self._fraction:
             with evaluating(module):
                 losses = self._losses(_Loss(module, batch), kept) * self._fraction
-        for (step, _), loss in zip(kept, losses, strict=True):
-            module.curves.record(step, {"test/loss": loss}, local=True)
+        steps = [step for step, _ in kept]
+        module.curves.record_all(steps, {"test/loss": losses}, local=True)
 
     def _losses(self, loss: "_Loss", kept: list[tuple[int, dict[str, Tensor]]]) -> Tensor:
         weights = [{f"model.{name}": w for name, w in named.items()} for _, named in kept]

@@ -1,0 +1,137 @@
+"""A step of several updates in explicit mode, without what Python wraps around each of them."""
+
+from typing import Any
+
+import torch
+import torch.optim.optimizer as torchs
+from lightning.pytorch import Callback
+from lightning.pytorch.profilers import PassThroughProfiler
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import SGD
+from torch.optim.sgd import sgd
+
+from lightning_gd.configured import ConfiguredModule
+from lightning_gd.hooks import RunHooks
+
+OPTIONS = ("weight_decay", "momentum", "dampening", "nesterov", "maximize")
+KEPT = 2**20  # numbers of gradients kept until their norms are computed together
+
+
+def obstacle(module: ConfiguredModule, optimizer: Any) -> str:
+    """Return why the updates of a step must each be made by `optimizer.step()`; empty if not.
+
+    The private names are those of the hooks of torch.optim, which has no public way to ask for
+    them; they were checked with torch 2.6 to 2.14.
+    """
+    wrapped = optimizer.optimizer
+    trainer: Any = module.trainer
+    hooks = (
+        wrapped._optimizer_step_pre_hooks,
+        wrapped._optimizer_step_post_hooks,
+        torchs._global_optimizer_pre_hooks,  # pyright: ignore[reportAttributeAccessIssue]
+        torchs._global_optimizer_post_hooks,  # pyright: ignore[reportAttributeAccessIssue]
+    )
+    if type(wrapped) is not SGD or len(wrapped.param_groups) > 1:
+        groups = "" if len(wrapped.param_groups) == 1 else " with several groups"
+        return f"{type(wrapped).__name__}{groups}"
+    for name in ("fused", "foreach", "differentiable"):
+        if wrapped.param_groups[0][name]:
+            return f"SGD({name}=True)"
+    if any(hooks):
+        return "it has a hook"
+    if not isinstance(trainer.profiler, PassThroughProfiler):
+        return type(trainer.profiler).__name__
+    listeners: list[Any] = [*trainer.callbacks, module]
+    for listener in listeners:
+        base = Callback if isinstance(listener, Callback) else ConfiguredModule
+        own = type(listener).on_before_optimizer_step is not base.on_before_optimizer_step
+        if own and not isinstance(listener, RunHooks) and not hasattr(listener, "called_directly"):
+            return f"{type(listener).__name__}.on_before_optimizer_step"
+    return ""
+
+
+class UpdatesOfStep:
+    """Makes the updates of one `training_step` once `p.grad` is set: clips, steps, records.
+
+    The first is Lightning's `optimizer.step()`. The others call the callbacks that allow it by
+    `called_directly`, and torch's functional `sgd` on the state of the optimizer: the same
+    operations in the same order. Where there is an `obstacle`, all are Lightning's.
+    """
+
+    def __init__(
+        self, module: ConfiguredModule, optimizer: Any, trained: list[Parameter], count: int
+    ) -> None:
+        self.module, self.optimizer, self.trained = module, optimizer, trained
+        module.not_direct = obstacle(module, optimizer) if count > 1 else "one update per step"
+        self._together = module.hparams["gradient_clip_val"] is None  # else each norm is used
+        self._first, self._lrs = -1, []  # `global_step` before the first direct update
+        self._gradients: list[list[Tensor]] = []  # whose norms are not known yet
+        self._norms: list[Tensor] = []
+
+    def __enter__(self) -> "UpdatesOfStep":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Record the direct updates as `RunHooks` records the others."""
+        if not self._lrs:
+            return
+        losses = [loss for loss, _ in self.module.step_losses[-len(self._lrs) :]]
+        self._compute_norms()
+        columns = {"train/loss": torch.stack(losses), "gradient_norm": torch.cat(self._norms)}
+        if self.module.trainer.lr_scheduler_configs:
+            columns["lr"] = torch.tensor(self._lrs, dtype=torch.float64)
+        self.module.curves.record_all(range(self._first, self._first + len(self._lrs)), columns)
+
+    def make(self) -> None:
+        """Make one update."""
+        if self._first < 0:
+            self.module.gradient_norm = self.module.clip(self.trained)
+            self.optimizer.step()  # it counts `global_step` and calls `RunHooks`
+            if not self.module.not_direct:
+                self._prepare()
+            return
+        if self._together:
+            self._gradients.append([p.grad.clone() for p in self.trained if p.grad is not None])
+            if len(self._gradients) >= self._most:
+                self._compute_norms()
+        else:
+            self._norms.append(self.module.clip(self.trained)[None])
+        for callback in self._callbacks:
+            callback.on_before_optimizer_step(self._trainer, self.module, self._raw)
+        self._lrs.append(self._group["lr"])
+        self._step([p.grad for p in self._group["params"] if p.grad is not None])
+        self._progress.increment_ready()  # `global_step`, as Lightning counts it
+        self._progress.increment_completed()
+
+    def _prepare(self) -> None:
+        """Look up what all further updates of this step need."""
+        trainer: Any = self.module.trainer
+        optimizer = self._raw = self.optimizer.optimizer
+        self._trainer, self._first = trainer, trainer.global_step
+        self._group = optimizer.param_groups[0]
+        self._callbacks = [c for c in trainer.callbacks if hasattr(c, "called_directly")]
+        self._progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        self._most = max(1, KEPT // sum(p.numel() for p in self.trained))
+        stepped = [p for p in self._group["params"] if p.grad is not None]
+        self._values = [p.detach() for p in stepped]  # in the same memory
+        self._buffers = [optimizer.state.get(p, {}).get("momentum_buffer") for p in stepped]
+        self._options = {name: self._group[name] for name in OPTIONS}
+        self._plain = self.module.device.type == "cpu" and not any(self._options.values())
+
+    def _step(self, gradients: list[Tensor]) -> None:
+        lr = self._group["lr"]
+        if self._plain:
+            for value, gradient in zip(self._values, gradients, strict=True):
+                value.add_(gradient, alpha=-lr)
+            return
+        foreach = None if self._values[0].device.type != "cpu" else False  # None: torch decides
+        sgd(self._values, gradients, self._buffers, lr=lr, foreach=foreach, **self._options)
+
+    def _compute_norms(self) -> None:
+        kept, self._gradients = self._gradients, []
+        if kept:
+            columns = (torch.stack(c).reshape(len(kept), -1) for c in zip(*kept, strict=True))
+            norms = torch.stack([torch.linalg.vector_norm(column, dim=1) for column in columns])
+            total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(norms, dim=0)
+            self._norms.append(total)

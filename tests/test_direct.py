@@ -1,0 +1,144 @@
+"""Updates without the wrappers around `optimizer.step()` end as those with them, bit for bit."""
+
+import pytest
+import torch
+import torch.optim.optimizer as torchs
+from conftest import RandomRows, fit, line, plain, scheduled
+from lightning.pytorch import Callback
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lightning_gd import ParityMLP, TestCurve
+from lightning_gd.callbacks.gradient_check import GradientCheck
+
+FULL = {"passes_per_epoch": 21, "updates_per_step": 7}
+MINI = {"batch_size": 4, "updates_per_step": 5}  # 6 updates per epoch: steps of 5 and of 1
+CASES = {
+    "plain": ({}, MINI),
+    "momentum": ({"momentum": 0.9}, MINI),
+    "nesterov and weight decay": (
+        {"momentum": 0.5, "optimizer_args": {"nesterov": True, "weight_decay": 0.1}},
+        MINI,
+    ),
+    "dampening": ({"momentum": 0.5, "optimizer_args": {"dampening": 0.2}}, FULL),
+    "gradient clipped by norm": ({"gradient_clip_val": 0.5}, MINI),
+    "gradient clipped by value": (
+        {"gradient_clip_val": 0.2, "gradient_clip_algorithm": "value", "momentum": 0.9},
+        FULL,
+    ),
+    "schedule by update": (scheduled("ExponentialLR", "update", gamma=0.97), MINI),
+    "plateau by update": (scheduled("ReduceLROnPlateau", "update", patience=1), FULL),
+    "schedule by epoch": (scheduled("StepLR", step_size=1) | {"momentum": 0.9}, MINI),
+    "accumulation": ({"accumulate_grad_batches": 2}, MINI),
+    "moments": ({"momentum": 0.9}, {**FULL, "moments": True}),
+    "without bias": ({"bias": False}, FULL),
+}
+
+
+class Listens(Callback):
+    """Registers a hook on the optimizer, so that each update is made by `optimizer.step()`."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.optimizers[0].register_step_post_hook(self.count)
+
+    def count(self, *_):
+        self.steps += 1
+
+
+def trained(make_trainer, settings, data, *callbacks, kind=line, **trainer):
+    """Everything that a run leaves: weights, state of the optimizer, curves."""
+    trainer = make_trainer(max_steps=40, callbacks=[TestCurve(1), *callbacks], **trainer)
+    model = fit(trainer, data, kind, **settings)
+    state = trainer.optimizers[0].state_dict()
+    left = {"weights": plain(model.state_dict()), "optimizer": plain(state)}
+    return {**left, "curves": model.curves.history, "updates": trainer.global_step}, model
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_direct_update_is_that_of_the_optimizer_to_the_bit(make_trainer, name, precision):
+    settings, data = CASES[name]
+    listens = Listens()
+    direct, model = trained(make_trainer, settings, data, precision=precision)
+    usual, other = trained(make_trainer, settings, data, listens, precision=precision)
+    assert (model.not_direct, other.not_direct) == ("", "it has a hook")
+    assert listens.steps == 40
+    # Norms that are computed together may be added up in another order: 4 numbers, so 4 roundings.
+    norms = [run["curves"].pop("gradient_norm") for run in (direct, usual)]
+    eps = torch.finfo(torch.float64 if precision == "64-true" else torch.float32).eps
+    assert norms[0][0] == norms[1][0]
+    assert norms[0][1] == pytest.approx(norms[1][1], rel=4 * eps, abs=0)
+    assert direct == usual
+
+
+def test_the_check_sees_the_same_gradients(make_trainer):
+    """It is called at every update, and checks 0, 1, 10 and the last one."""
+    settings, data = CASES["gradient clipped by norm"]
+    check = GradientCheck()
+    direct, model = trained(make_trainer, settings, data, check)
+    assert model.not_direct == "" and check.checks == 4
+    errors = {name: direct["curves"].pop(f"gradcheck/{name}") for name in ("weight", "bias")}
+    assert [steps for steps, _ in errors.values()] == [[0, 1, 10, 39]] * 2
+    assert direct == trained(make_trainer, settings, data)[0]
+
+
+def test_several_layers_of_any_shape(make_trainer):
+    ends = []
+    for callbacks in ((), (Listens(),)):
+        torch.manual_seed(0)
+        trainer = make_trainer(max_steps=30, precision="32-true", callbacks=list(callbacks))
+        settings = {"num_features": 3, "hidden": 5, "momentum": 0.9}
+        data = RandomRows(**MINI)
+        ends.append(plain(fit(trainer, data, ParityMLP, **settings).state_dict()))
+    assert ends[0] == ends[1]
+
+
+class Watches(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append(trainer.global_step)
+
+
+def test_a_callback_that_watches_the_optimizer_sees_every_update(make_trainer):
+    watches = Watches()
+    _, model = trained(make_trainer, {}, MINI, watches)
+    assert watches.seen == list(range(40))
+    assert model.not_direct == "Watches.on_before_optimizer_step"
+
+
+def test_a_hook_of_every_optimizer_is_called_at_each_update(make_trainer):
+    steps = []
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        _, model = trained(make_trainer, {}, MINI)
+    finally:
+        handle.remove()
+    assert len(steps) == 40 and model.not_direct == "it has a hook"
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "trainer", "reason"),
+    [
+        ({"optimizer": "Adam"}, MINI, {}, "Adam"),
+        ({"optimizer_args": {"foreach": True}}, MINI, {}, "SGD(foreach=True)"),
+        ({}, MINI, {"profiler": "simple"}, "SimpleProfiler"),
+        ({}, {"batch_size": 4}, {}, "one update per step"),
+    ],
+)
+def test_the_reason_is_named(make_trainer, settings, data, trainer, reason):
+    _, model = trained(make_trainer, settings, data, **trainer)
+    assert model.not_direct == reason
+
+
+@pytest.mark.parametrize("name", ["_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"])
+def test_torch_still_has_the_private_name(name):
+    assert isinstance(getattr(torchs, name), dict)
+
+
+@pytest.mark.parametrize("name", ["_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"])
+def test_an_optimizer_still_has_the_private_name(name):
+    assert isinstance(getattr(torch.optim.SGD([torch.zeros(1)]), name), dict)
