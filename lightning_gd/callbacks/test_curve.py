@@ -47,7 +47,8 @@ class TestCurve(Callback):
             self._batch = data.whole("test").to(pl_module.device)
             rows = next(pl_module.parameters()).new_tensor(float(self._batch.rows(pl_module)))
             self._fraction = float(rows / reduce_sum(rows.clone()))
-            size = sum(p.numel() for p in pl_module.parameters())
+            self._parameters = dict(pl_module.named_parameters())
+            size = sum(p.numel() for p in self._parameters.values())
             self._every, self._most = self.every_n_updates or 1, min(TOGETHER, NUMBERS // size)
             if isinstance(loader, GlobalBatches) and not (self.every_n_updates or data.full_batch):
                 self._every = loader.updates_per_epoch
@@ -57,7 +58,7 @@ class TestCurve(Callback):
     ) -> None:
         if self._batch is None or trainer.global_step % self._every:
             return
-        weights = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        weights = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._kept.append((trainer.global_step, weights))
         if len(self._kept) >= self._most:
             self._record(pl_module, self._batch)
