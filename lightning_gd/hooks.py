@@ -1,5 +1,6 @@
 """What a run of a GradientDescentModule does around its steps, beside the hooks of the model."""
 
+import warnings
 from fractions import Fraction
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DistributedSampler
 
 from lightning_gd.adaptation import adapt, move_to_place
 from lightning_gd.batch import DataBatch, GivesUpdates, as_batch, batches_of
@@ -53,6 +55,21 @@ class RunHooks(Callback):
                     f"{type(pl_module).__name__} configures ReduceLROnPlateau, whose `monitor` "
                     "Lightning drops in explicit mode: set --model.scheduler ReduceLROnPlateau"
                 )
+
+    def on_train_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
+        """Warn of rows that a DataLoader repeats or drops, so that processes have as many each."""
+        sampler = getattr(trainer.train_dataloader, "sampler", None)
+        if not isinstance(sampler, DistributedSampler) or not trainer.is_global_zero:
+            return
+        rows, processes = len(sampler.dataset), sampler.num_replicas  # pyright: ignore
+        extra = sampler.total_size - rows
+        if extra:
+            what = f"{'repeats' if extra > 0 else 'leaves out'} {abs(extra)} of {rows} rows"
+            warnings.warn(
+                f"the DataLoader {what}, so that each of {processes} processes has as many: the "
+                "run is not that of one process; a TensorDataModule divides the rows without it",
+                stacklevel=2,
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         self.epoch_loss = [0.0, 0.0]

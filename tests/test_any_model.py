@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from typing import Any
 
 import pandas
@@ -15,7 +16,7 @@ from test_distributed import launch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils.rnn import pack_padded_sequence
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
 from lightning_gd import GradientDescentModule, LinearRegression, by_autograd
@@ -220,6 +221,8 @@ def test_two_processes_with_uneven_rows_end_as_one(tmp_path):
     that below 1e-12 of weights of order 1.
     """
     ends = on_two_processes(tmp_path, *(kind.__name__ for kind in SHARED))
+    padded = "the DataLoader repeats 1 of 7 rows, so that each of 2 processes has as many"
+    assert [sum(padded in text for text in end["said"]) for end in ends] == [1, 0]
     for kind in SHARED:
         alone = train(kind, "explicit").state_dict()
         for mode in MODES:
@@ -319,4 +322,8 @@ if __name__ == "__main__":
         for name in sys.argv[2:]
         for mode in MODES
     }
+    with warnings.catch_warnings(record=True) as said:
+        loader = DataLoader(TensorDataset(normal(7, 3), normal(7)), batch_size=2)
+        quiet(strategy="ddp", devices=2).fit(line(), loader)
+    ends["said"] = [str(warning.message) for warning in said]
     torch.save(ends, f"{sys.argv[1]}/{here}.pt")
