@@ -35,23 +35,6 @@ class Seen(Callback):
         self.losses.append(outputs["loss"].item())
 
 
-STEPS = {
-    1: [(k + 1, k % 3) for k in range(11)],
-    2: [(2, 0), (3, 1), (5, 0), (6, 1), (8, 0), (9, 1), (11, 0)],
-    7: [(3, 0), (6, 0), (9, 0), (11, 0)],
-}
-
-
-@pytest.mark.parametrize("updates", STEPS)
-def test_counting(make_trainer, updates):
-    """3 batches per epoch; the fourth epoch is cut short."""
-    seen = Seen()
-    trainer = make_trainer(max_steps=11, callbacks=[seen])
-    fit(trainer, {"batch_size": 8, "updates_per_step": updates})
-    assert (trainer.global_step, trainer.current_epoch) == (11, 4)
-    assert seen.steps == STEPS[updates]
-
-
 @pytest.mark.parametrize("gradient", MODES)
 def test_callbacks_and_curves_have_the_rows_loss_and_norm_of_each_update(make_trainer, gradient):
     """The loss and the norm of the gradient at step k are those before update k."""
@@ -184,23 +167,6 @@ def test_a_stopped_run_resumes_to_the_bit(make_trainer, tmp_path, modes, schedul
 
 
 # Curves and loggers
-
-
-class Shrinking(LinearRegression):
-    """L = ½‖w‖², with a gradient in the memory of the parameter."""
-
-    def loss(self, x, y):
-        return self.weight.square().sum() / 2
-
-    def gradients(self, x, y):
-        return {"weight": self.weight.detach(), "bias": torch.zeros_like(self.bias)}
-
-
-def test_a_recorded_norm_is_that_before_the_update(make_trainer):
-    settings = {"num_features": 3, "lr": 0.5, "weight": [2.0, 1.0, 2.0]}
-    data = {"passes_per_epoch": 8, "updates_per_step": 8}
-    model = fit(make_trainer(max_steps=8), data, Shrinking, **settings)
-    assert model.curves.history["gradient_norm"][1] == [3 * 0.5**k for k in range(8)]
 
 
 class Branching(LinearRegression):
