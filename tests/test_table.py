@@ -304,3 +304,6 @@ def test_one_command_fits_a_table_and_one_predicts(tmp_path, monkeypatch):
     written = Path("lightning_logs/table/version_1/predictions.csv").read_text().splitlines()
     assert f"predictions: {Path('lightning_logs/table/version_1/predictions.csv')}" in out
     assert written[0] == "row,target,prediction" and len(written) == 4
+    for verb in ("test", "predict"):
+        status, _, err = run(verb, "--config", "table", "--data.test_fraction", "0", *quiet)
+        assert status == 2 and "no test rows: for a table set --data.test_fraction" in err
