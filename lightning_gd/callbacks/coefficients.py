@@ -55,11 +55,9 @@ class Coefficients(Callback):
         rows = list(zip([*data.features, "intercept"], found, exact, strict=True))
         _print(data.target, rows)
         if getattr(type(pl_module), "loss", None) is LinearRegression.loss:
-            distance = _distance(torch.cat([weight, bias[None]]).detach().cpu(), best)
-            print(
-                f"{distance:.2g} of the largest coefficient away from the exact solution after "
-                f"{trainer.global_step:,} updates: the condition number is {condition:.3g}"
-            )
+            apart = _distance(torch.cat([weight, bias[None]]).detach().cpu(), best)
+            made = f"after {trainer.global_step:,} updates: the condition number is {condition:.3g}"
+            print(f"{apart:.2g} of the largest coefficient away from the exact solution {made}")
         header = ("term", "coefficient", "least_squares", "difference")
         lines = [header, *((term, a, b, a - b) for term, a, b in rows)]
         if path := write_csv(trainer, "coefficients.csv", lines):
