@@ -21,26 +21,12 @@ from lightning_gd.settings import check_trainer
 FOUR = {"batch_size": 5, "num_val": 3}  # 4 batches per epoch, and validation
 
 
-class Seen(Callback):
-    """Notes what a callback is given around each step."""
-
-    def __init__(self):
-        self.steps, self.losses, self.batches = [], [], []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.batches.append(batch)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs: Any, batch, batch_idx):
-        self.steps.append((trainer.global_step, batch_idx))
-        self.losses.append(outputs["loss"].item())
-
-
 @pytest.mark.parametrize("gradient", MODES)
 def test_callbacks_and_curves_have_the_rows_loss_and_norm_of_each_update(make_trainer, gradient):
     """The loss and the norm of the gradient at step k are those before update k."""
-    seen, losses, norms = Seen(), [], []
+    seen, losses, norms = [], [], []
 
-    class Before(Callback):
+    class Around(Callback):
         def on_train_batch_start(self, trainer, pl_module: Any, batch, batch_idx):
             x, y = batch
             assert x.shape == (len(y), 3) and len(y) == (8, 8, 7)[batch_idx]
@@ -48,9 +34,12 @@ def test_callbacks_and_curves_have_the_rows_loss_and_norm_of_each_update(make_tr
             norms.append(torch.cat(found).norm().item())
             losses.append(pl_module.loss(x, y).item())
 
-    model = fit(make_trainer(max_steps=7, callbacks=[seen, Before()]), gradient=gradient)
-    assert seen.losses == pytest.approx(losses, rel=1e-13)  # by another sum
-    assert model.curves.history["train/loss"] == (list(range(7)), seen.losses)
+        def on_train_batch_end(self, trainer, pl_module, outputs: Any, batch, batch_idx):
+            seen.append(outputs["loss"].item())
+
+    model = fit(make_trainer(max_steps=7, callbacks=[Around()]), gradient=gradient)
+    assert seen == pytest.approx(losses, rel=1e-13)  # by another sum
+    assert model.curves.history["train/loss"] == (list(range(7)), seen)
     steps, found = model.curves.history["gradient_norm"]
     assert steps == list(range(7)) and found == pytest.approx(norms, rel=1e-12)
 
