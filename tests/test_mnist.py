@@ -29,7 +29,7 @@ def tables():
 
 def test_the_digits_are_those_of_torchvision(tables):
     assert [len(tables[part]) for part in ("train", "test")] == [60_000, 10_000]
-    reference = torchvision.datasets.MNIST(ROOT)
+    reference = torchvision.datasets.MNIST(ROOT or "")
     assert torch.equal(tables["train"].raw, reference.data.flatten(1))
     assert torch.equal(tables["train"].y, reference.targets % 2 * 2.0 - 1)
     # Mean and deviation of the training pixels are the constants of `standard`, to 4 digits.
