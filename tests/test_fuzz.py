@@ -3,28 +3,20 @@
 The cases are the same in every run; their number stands at the end of the run.
 """
 
-import contextlib
 import math
-import re
-import types
-import typing
 from collections import Counter
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
-import yaml
 from conftest import FIGURES, Rows, find_models, normal
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser
 from test_batches import batches, loader, steps
 from test_models import is_class, own_choices, rebuild, trained
 from test_modes import train
 from test_moments import noisy
 
-import lightning_gd
 from lightning_gd import LinearRegression, Moments, ParityMLP
 from lightning_gd.data.tables import GlobalBatches
 from lightning_gd.distributed import RowMean
@@ -237,70 +229,6 @@ def a_fit_is_a_plain_loop(autograd, max_steps, rows, accumulate, updates_per_ste
     torch.testing.assert_close(found, theta, rtol=0, atol=1e-12)
 
 
-def is_null(value):
-    """Whether the command line takes a text for null, as in `--model.scheduler null`."""
-    with contextlib.suppress(yaml.YAMLError):
-        return isinstance(value, str) and yaml.safe_load(value) is None
-
-
-# What a reader of YAML could take for something else, and other texts. Without digits, since
-# jsonargparse writes a text such as 1e3 without quotes, and refuses it as a number.
-ODD = "|| x|1|-1.5|.nan|null|~|true|no|[a]|{a: 1}|a: b|# c|é\t".split("|")
-TYPED = st.characters(codec="utf-8", exclude_categories=("Cs", "Cc", "Zl", "Zp", "Nd"))
-SETTINGS = {
-    type(None): st.none(),
-    bool: st.booleans(),
-    int: st.integers(1, 2**40),
-    float: st.floats(allow_nan=False, allow_infinity=False),
-    str: st.sampled_from(ODD) | st.text(TYPED, max_size=8),
-}
-NAMES = st.from_regex("[a-z_]{1,8}", fullmatch=True)
-
-
-def of_type(kind):
-    """Settings of a type as it stands in an annotation."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return st.sampled_from(args)
-    if origin is dict:
-        return st.dictionaries(NAMES, st.one_of(*SETTINGS.values()))
-    if origin is list:
-        return st.lists(of_type(args[0]))
-    if origin in (types.UnionType, typing.Union):
-        return st.one_of(*map(of_type, args)).filter(lambda value: not is_null(value))
-    return SETTINGS[kind]
-
-
-def settings_of(cls, base):
-    """Settings of a class, and of those up to `base` that it passes arguments on to."""
-    hints = {}
-    for owner in cls.__mro__[: cls.__mro__.index(base)]:
-        hints = {**typing.get_type_hints(owner.__init__), **hints}
-    return {name: of_type(kind) for name, kind in hints.items() if name not in ("return", "kwargs")}
-
-
-DATA = (lightning_gd.PointsData, lightning_gd.MNISTParityData, lightning_gd.TableData)
-
-
-@cache
-def parser_of(cls):
-    """LightningCLI's, for one class: with subclasses it would be built anew in each case."""
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "part")
-    return parser
-
-
-@prop(400, cls=st.sampled_from([*find_models(), *DATA]), drawn=st.data())
-def settings_survive_yaml(cls, drawn):
-    base = LightningDataModule if cls in DATA else LightningModule
-    chosen = drawn.draw(st.fixed_dictionaries({}, optional=settings_of(cls, base)))
-    config = parser_of(cls).parse_object({"part": chosen})
-    kept = config.part.as_dict()
-    assert {key: kept[key] for key in chosen} == chosen
-    text = parser_of(cls).dump(config, skip_none=False)  # as a run writes its config.yaml
-    assert parser_of(cls).parse_string(text) == config
-
-
 # All of them, and a mistake that somebody could make for each
 
 
@@ -338,11 +266,6 @@ def with_replacement(_, self, epoch):
     return torch.randint(len(self.table), [len(self.table)], generator=dice)
 
 
-def six_digits(dump, *args, **kwargs):
-    text = dump(*args, **kwargs)
-    return re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.6f}", text)
-
-
 MUTANTS = {  # class, method, and what takes its place and gets it as the first argument
     "explicit_is_autograd": (LinearRegression, "gradients", half_the_slope_of_the_bias),
     "moments_are_the_direct_formula": (Moments, "loss_and_gradients", centred),
@@ -351,7 +274,6 @@ MUTANTS = {  # class, method, and what takes its place and gets it as the first 
     "the_place_follows_global_step": (GlobalBatches, "_place", lambda at, self: (at(self)[0], 0)),
     "passes_of_the_full_batch": (GlobalBatches, "_full", lambda full, self, count: full(self, 1)),
     "a_fit_is_a_plain_loop": (RowMean, "add", lambda add, self, means, _: add(self, means, 1)),
-    "settings_survive_yaml": (LightningArgumentParser, "dump", six_digits),
 }
 
 

@@ -3,6 +3,8 @@
 import os
 
 import pytest
+import torch
+import torchvision
 
 from lightning_gd import MNISTParityData, ParityRegressor
 
@@ -23,6 +25,17 @@ def tables():
     data = digits()
     data.setup()
     return data.tables
+
+
+def test_the_digits_are_those_of_torchvision(tables):
+    assert [len(tables[part]) for part in ("train", "test")] == [60_000, 10_000]
+    reference = torchvision.datasets.MNIST(ROOT or "")
+    assert torch.equal(tables["train"].raw, reference.data.flatten(1))
+    assert torch.equal(tables["train"].y, reference.targets % 2 * 2.0 - 1)
+    # Mean and deviation of the training pixels are the constants of `standard`, to 4 digits.
+    x = tables["train"].raw.double() / 255
+    assert x.mean().item() == pytest.approx(0.1307, abs=5e-5)
+    assert x.std().item() == pytest.approx(0.3081, abs=5e-5)
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def grained(image, seed):
 
 
 def test_pictures_are_answered_as_well_as_the_test_digits(checkpoint, digits):
-    pixels, odd = digits[0][:600], digits[1][:600]
+    pixels, odd = digits[0][:300], digits[1][:300]
     score = scorer(checkpoint)
     itself = ((np.array(score(list(pixels))) > 0) == odd).mean()
     for case, draw in CASES.items():

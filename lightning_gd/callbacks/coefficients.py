@@ -14,7 +14,7 @@ MOST_SHOWN = 50  # coefficients printed; the file holds all
 Rows = list[tuple[str, float, float]]  # term, coefficient, exact coefficient
 
 
-def least_squares(x: Tensor, y: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+def least_squares(x: Tensor, y: Tensor, bias: bool) -> tuple[Tensor, float]:
     """Minimise 1/N Σ r², r = x w + b − y, by the singular values of x.
 
     Moments would square the condition number: for columns that differ in their sixth digit they
@@ -26,12 +26,12 @@ def least_squares(x: Tensor, y: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
         bias: Whether b is fitted; else it is 0.
 
     Returns:
-        (w*, b*), shape [D+1], and the eigenvalues of the Hessian that are not rounding.
+        (w*, b*), shape [D+1], and the condition number of the Hessian.
     """
     columns = torch.cat([x, torch.full_like(x[:, :1], bias)], dim=1)
     found = torch.linalg.lstsq(columns, y[:, None], driver="gelsd")
-    singular = found.singular_values[: max(1, int(found.rank))]
-    return found.solution[:, 0], 2 / len(x) * singular.square()
+    singular = found.singular_values[: max(1, int(found.rank))]  # that are not rounding
+    return found.solution[:, 0], float(singular[0] / singular[-1]) ** 2
 
 
 class Coefficients(Callback):
@@ -49,21 +49,25 @@ class Coefficients(Callback):
         if {"weight", "bias"} - set(model) or model["weight"].shape != (data.num_features,):
             return
         weight, bias, train = model["weight"], model["bias"], data.tables["train"]
-        best, curvature = least_squares(train.x.double(), train.y.double(), bias.requires_grad)
+        best, condition = least_squares(train.x.double(), train.y.double(), bias.requires_grad)
         exact = data.coefficients(best[:-1], best[-1]).tolist()
         found = data.coefficients(weight, bias).tolist()
         rows = list(zip([*data.features, "intercept"], found, exact, strict=True))
         _print(data.target, rows)
         if getattr(type(pl_module), "loss", None) is LinearRegression.loss:
-            gaps = torch.cat([weight, bias[None]]).detach().cpu() - best
-            # The weights for a target that hardly varies are rounding errors, and no scale.
-            size = max(float(best[:-1].abs().max()), 1e-9 * abs(float(best[-1]))) or 1.0
-            distance = float(gaps.abs().max()) / size
-            print(_verdict(trainer, distance, curvature))
+            apart = _distance(torch.cat([weight, bias[None]]).detach().cpu(), best)
+            made = f"after {trainer.global_step:,} updates: the condition number is {condition:.3g}"
+            print(f"{apart:.2g} of the largest coefficient away from the exact solution {made}")
         header = ("term", "coefficient", "least_squares", "difference")
         lines = [header, *((term, a, b, a - b) for term, a, b in rows)]
         if path := write_csv(trainer, "coefficients.csv", lines):
             print(f"every digit: {path}")
+
+
+def _distance(theta: Tensor, best: Tensor) -> float:
+    # The weights for a target that hardly varies are rounding errors, and no scale.
+    size = max(float(best[:-1].abs().max()), 1e-9 * abs(float(best[-1]))) or 1.0
+    return float((theta - best).abs().max()) / size
 
 
 def _print(target: str, rows: Rows) -> None:
@@ -73,20 +77,3 @@ def _print(target: str, rows: Rows) -> None:
     print(f"  {'term':{width}} {'coefficient':>24} {'exact least squares':>24} {'difference':>10}")
     for term, a, b in shown:
         print(f"  {term:{width}} {a!r:>24} {b!r:>24} {a - b:>10.1e}")
-
-
-def _verdict(trainer: Trainer, distance: float, curvature: Tensor) -> str:
-    """Say how near the fit came to the exact solution, or that its learning rate is too large."""
-    optimizer = trainer.optimizers[0]
-    lr, momentum = (optimizer.param_groups[0].get(name, 0.0) for name in ("lr", "momentum"))
-    stable = float(2 * (1 + momentum) / curvature[0])
-    if isinstance(optimizer, torch.optim.SGD) and lr > stable:
-        return (
-            f"the fit diverged: lr {lr:.4g} is too large; the largest stable rate of the full "
-            f"batch is {stable:.4g}"
-        )
-    return (
-        f"{distance:.2g} of the largest coefficient away from the exact solution after "
-        f"{trainer.global_step:,} updates: the condition number is "
-        f"{float(curvature[0] / curvature[-1]):.3g}"
-    )

@@ -27,8 +27,6 @@ class PointsData(TensorDataModule):
             inputs, targets = torch.tensor(x) * 1.0, torch.tensor(y) * 1.0
         except (TypeError, ValueError) as error:
             raise ValueError(f"x and y need entries of one form: {error}") from error
-        if targets.ndim != 1:
-            raise ValueError(f"y needs one number per point; got {y}")
         self.points = Table(inputs[:, None] if inputs.ndim == 1 else inputs, targets)
         self.num_features = self.points.raw.shape[1]
 

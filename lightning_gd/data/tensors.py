@@ -76,6 +76,8 @@ class TensorDataModule(LightningDataModule):
             _check_finders(self.trainer, self)
         if stage == "validate" and "val" not in self.tables:
             raise ValueError("num_val=0 leaves no rows to validate on: set --data.num_val")
+        if stage in ("test", "predict") and "test" not in self.tables:
+            raise ValueError("the data have no test rows: for a table set --data.test_fraction")
         own = type(self).val_dataloader is TensorDataModule.val_dataloader
         if own and "val" not in self.tables and self.trainer is not None:
             self.val_dataloader = super().val_dataloader  # not overridden: nothing to validate on
