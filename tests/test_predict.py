@@ -207,6 +207,14 @@ def test_json_is_for_machines(checkpoint, folder, capsys):
     assert predict.main(["--json", "--checkpoint", checkpoint, *files[:2]]) == 0
 
 
+def test_weights_that_are_not_finite_answer_nothing(tmp_path, folder, capsys):
+    broken = ParityRegressor(intercept=1.0)
+    torch.nn.init.constant_(broken.weight, float("nan"))
+    path = train(tmp_path / "m.ckpt", broken, 0, MNISTParityData())
+    assert predict.main(["--checkpoint", str(path), str(folder)]) == 2
+    assert "m.ckpt: weight holds numbers that are not finite" in capsys.readouterr().err
+
+
 def test_what_is_no_checkpoint_of_digits_is_refused(tmp_path, folder, capsys):
     narrow = train(tmp_path / "m.ckpt", ParityRegressor(num_features=1), 1, PointsData())
     (tmp_path / "empty").mkdir()

@@ -3,6 +3,7 @@
 import csv
 import math
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,9 @@ def _header(path: str, separator: str) -> list[str]:
             raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
     if not names:
         raise ValueError(f"{path} has no header: its first line must name the columns")
-    for name in names:
-        if name and names.count(name) > 1:
-            raise ValueError(f"{path}, line 1: {names.count(name)} columns are named {name!r}")
+    for name, times in Counter(names).items():
+        if name and times > 1:
+            raise ValueError(f"{path}, line 1: {times} columns are named {name!r}")
     return names
 
 

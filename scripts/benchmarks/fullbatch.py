@@ -31,15 +31,15 @@ def rows(quick: bool) -> list[Row]:
     notebooks = partial(notebook, rows=SMALL)
     large = (
         Side("fit by moments", partial(full_batch, rows=n, moments=True)),
-        Side("notebook's loop", partial(notebook, rows=n), faster=25),
+        Side("notebook's loop", partial(notebook, rows=n), faster=100),
     )
     by_formula = (
         Side("fit by the formula", formula),
-        Side("notebook's loop", notebooks, at_most=1.0),
+        Side("notebook's loop", notebooks, at_most=0.8),
     )
     by_moments = (
         Side("fit by moments", partial(full_batch, rows=SMALL, moments=True)),
-        Side("notebook's loop", notebooks, at_most=0.4),
+        Side("notebook's loop", notebooks, at_most=0.3),
     )
     checked = (
         Side("with GradientCheck", partial(formula, check=True)),
@@ -71,11 +71,11 @@ def _processes(count: int) -> list[Row]:
     updates = partial(divided_updates, updates=count)
     formula = (
         Side("2 processes × 1 thread", updates, processes=2, threads=1),
-        Side("1 × 1", updates, faster=1.3, threads=1),
+        Side("1 × 1", updates, faster=1.5, threads=1),
     )
     moments = (
         Side("2 processes × 1 thread", divided_moments, processes=2, threads=1),
-        Side("1 × 1", divided_moments, faster=1.7, tolerance=1e-12, threads=1),
+        Side("1 × 1", divided_moments, faster=1.8, tolerance=1e-12, threads=1),
     )
     work = f"{MNIST:,} digits, full batch, {count} updates by the formula"
     return [

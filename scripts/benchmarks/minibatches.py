@@ -39,18 +39,18 @@ def rows(quick: bool) -> list[Row]:
     sides = {
         "minibatch": (
             Side("fit", ours),
-            Side("bare explicit loop", partial(explicit_loop, **size), at_most=2.5),
+            Side("bare explicit loop", partial(explicit_loop, **size), at_most=1.5),
             Side("bare autograd loop", partial(autograd_loop, **size)),
         ),
         "lightning": (
             Side("fit", partial(mini_batches, **few)),
-            Side("Lightning + TensorDataset", lightning, faster=4),
+            Side("Lightning + TensorDataset", lightning, faster=15),
             Side("the same, each 50th loss", partial(lightning, every=50)),
-            Side("Lightning + torchvision", partial(lightning_torchvision, **few), faster=20),
+            Side("Lightning + torchvision", partial(lightning_torchvision, **few), faster=60),
         ),
         "huber": (
             Side("fit", partial(mini_batches, **size, make=make_huber)),
-            Side("bare explicit loop", partial(huber_loop, **size), at_most=3),
+            Side("bare explicit loop", partial(huber_loop, **size), at_most=1.6),
         ),
         "sgdregressor": (
             Side("fit, batches of 64", partial(ours, quality=accuracy)),

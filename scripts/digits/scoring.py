@@ -28,6 +28,9 @@ def scorer(checkpoint: str | Path) -> Scorer:
         ValueError: If it is refused (see `checkpoints.read`), or is not of a model of digits.
     """
     model = load(checkpoint).eval()
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"checkpoint {checkpoint}: {name} holds numbers that are not finite")
     scaling = read(checkpoint).get("datamodule_hyper_parameters", {}).get("scaling")
     width = model.hparams.get("num_features")
     if width != SIDE**2 or scaling not in SCALINGS:
