@@ -69,8 +69,8 @@ check("autograd_grad grad_4dp", layer.weight.grad, "-1.7000", FLOAT32)
 #
 # `LinearRegression` has the formula of the gradient in its method `gradients`. Training uses the
 # formula (`gradient="explicit"`) or autograd (`gradient="autograd"`). The loop is that of
-# Lightning's `Trainer`, called by `train`. `check_gradients` compares the formula with differences
-# of the loss.
+# Lightning's `Trainer`, called by `train`; where the notebook picks CUDA, MPS or CPU by hand, it
+# takes `accelerator="auto"`. `check_gradients` compares the formula with differences of the loss.
 
 # %%
 point = PointsData([x], [y])
@@ -100,11 +100,11 @@ print(*report.lines(), sep="\n")
 check("manual_chain_rule_step formula", report.ok, True)
 
 # %% [markdown]
-# ## A loop "by hand" that was torch's
+# ## The mistake: a loop "by hand" that is torch's
 #
-# The last run was meant to be pure Python. But `init_weight` had become a torch tensor some cells
-# before, so the loop computed in float32 and printed ŷ = 1.6000001430511475. With Python's numbers
-# it is 1.6000000000000003, as above.
+# The notebook's last loop is meant to be pure Python. But `init_weight` had become a torch tensor
+# some cells before, so it computes in float32 and prints ŷ = 1.6000001430511475. With Python's
+# numbers it is 1.6000000000000003, as above.
 
 # %% [markdown]
 # ## The mistake: the loss rises

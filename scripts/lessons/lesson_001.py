@@ -23,9 +23,9 @@ points = PointsData(x.tolist(), y.tolist())
 #
 # The slope of the loss: by how much L changes per change of w. It can be measured, by a small step
 # of w up and down. It can be calculated, by the chain rule: each error r = w x − y changes by x per
-# unit of w, and r² by 2r per unit of r, hence dL/dw = 2/N Σ x r. At w = 0 both are −30: a larger w
+# unit of w, and r² by 2r per unit of r, hence dL/dw = 2/N Σ x r. At w = 0 it is −30: a larger w
 # makes the loss smaller. Gradient descent steps against the slope, w ← w − λ dL/dw, where λ is the
-# learning rate. With more weights the gradient is the list of their slopes.
+# learning rate. With several weights the gradient is the list of their slopes.
 
 # %%
 h = 0.001
@@ -35,11 +35,12 @@ print(f"the gradient at w = 0: measured {measured:.2f}, calculated {np.mean(2 * 
 # %% [markdown]
 # ## Where is it computed by hand, and where by autograd?
 #
-# By hand: in `LinearRegression.gradients`, the same formula in two lines. By autograd: torch
-# records how `model.loss` was computed; `backward()` applies the chain rule to each operation and
-# leaves the result in `weight.grad`. It is the same number. `check_gradients` compares the formula
-# with measured slopes, for any model and data. (`check` compares ours with the numbers after it,
-# most of them printed by the notebook. A ✓ means that they are the same in every printed digit.)
+# By hand: in `LinearRegression.gradients` (lightning_gd/models/linear.py), the same formula in two
+# lines. By autograd: torch records how `model.loss` was computed; `backward()` applies the chain
+# rule to each operation and leaves the result in `weight.grad`. It is the same number. (A torch
+# tensor is an array.) `check_gradients` compares the formula with measured slopes, for any model.
+# `check` compares our numbers with those after them, which are the notebook's, or follow from a
+# formula. A ✓ means that they are the same in every printed digit.
 
 # %%
 rows, targets = torch.tensor(x)[:, None], torch.tensor(y)
@@ -52,9 +53,9 @@ print(*check_gradients(model, rows, targets).lines(), sep="\n")
 # %% [markdown]
 # ## The notebook's loop, by NumPy
 #
-# It prints w after each update, and the loss before it. The first number, 1.200, is w after one
-# update: 0 − 0.01 · (−120). The gradient of this loop is −120, and not −30. (`loss_rounding` is how
-# far the rounding of float32 numbers may move a loss.)
+# It prints w after each update, the loss before it, and the prediction f(5), which should be 10,
+# before and after all. The first number, 1.200, is w after one update: 0 − 0.01 · (−120). So its
+# gradient is −120, and not −30. (`loss_rounding` is how far float32 numbers may move a loss.)
 
 # %%
 w, weights, losses = np.float32(0), [], []
@@ -79,11 +80,11 @@ check("numpy_sum_gradient f(5) before, after", [0.0, 5 * w], "0.000 9.999")
 #
 # `np.dot(2 * x, r)` has already summed over the points, and the `.mean()` of that one number is the
 # number itself. So the loop follows the **sum** of the slopes, N = 4 times the gradient of the loss
-# that it prints: no better than a learning rate of 0.04 in place of 0.01. An update multiplies the
-# distance to w = 2 by 1 − λ · 15, where 15 = 2/N Σ x² is the curvature of the loss: by 0.85 for
-# λ = 0.01, by 0.4 for λ = 0.04. Whether the gradient comes from the formula of this library
-# (`explicit`) or from `autograd` makes no difference: with λ = 0.04 both take the path of the NumPy
-# loop. Nor is the sum free: it diverges from λ = 1/30 on, the mean from 2/15.
+# that it prints. This has the effect of a learning rate of 0.04 in place of 0.01. An update
+# multiplies the distance to w = 2 by 1 − λ · 15, where 15 = 2/N Σ x² is the curvature of the loss:
+# by 0.85 for λ = 0.01, by 0.4 for λ = 0.04. Whether Lightning's Trainer, which `train` calls, takes
+# the gradient from the formula (`explicit`) or from `autograd` makes no difference: with λ = 0.04
+# both take the path of the NumPy loop. The sum diverges above λ = 1/30, the mean above 2/15.
 
 # %%
 k = np.arange(1, 11)
@@ -123,8 +124,7 @@ plt.show()
 
 # %%
 layer, five = nn.Linear(1, 1), torch.tensor([[5.0]])
-nn.init.constant_(layer.weight, 0.9534)
-nn.init.constant_(layer.bias, 0.3462)
+layer.load_state_dict({"weight": torch.tensor([[0.9534]]), "bias": torch.tensor([0.3462])})
 check("nn_linear_rerun_cell34 before_f5", layer(five), "5.113")
 ours = LinearRegression(weight=[0.9534], intercept=0.3462, lr=0.01)
 for way, run in {
@@ -140,9 +140,9 @@ for way, run in {
     check(f"nn_linear_rate measured, {way}", losses[9] / losses[8], "0.9418")
 check("nn_linear_rerun_cell34 after_f5", layer(five), "9.984")
 
-hessian = torch.tensor([[15.0, 5.0], [5.0, 2.0]])  # [2/N Σ x², 2/N Σ x], [2/N Σ x, 2]
+hessian = points.moments_of("train").hessian()
 curvature = Curvature(hessian)
-check("nn_linear_rate hessian", points.moments_of("train").hessian(), hessian.tolist())
+check("nn_linear_rate hessian", hessian, [15.0, 5.0, 5.0, 2.0])
 check("nn_linear_rate eig", curvature.eigenvalues, "0.2993903 16.7006097")
 check("nn_linear_rate cond", curvature.condition_number, "55.7820731")
 check("nn_linear_rate lr_max", curvature.max_lr(), "0.1197561")

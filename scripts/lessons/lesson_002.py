@@ -76,8 +76,9 @@ plt.show()
 #
 # The curves look like success. But the random start is so far off that the loss begins at 3,000,
 # and after part 2 it is still near 900, where always answering 0 would have 1. The notebook never
-# counts how many digits it tells right: 45 % after part 2, 62 % after part 4, and always saying
-# "odd" gets half of them. The start is to blame: from zeros the run of part 4 tells 85 % right.
+# counts how many test digits are classified correctly: 45 % after part 2 and 62 % after part 4,
+# where the constant answer "odd" gets 51 %. The start is the cause: from zeros the run of part 4
+# classifies 85 % correctly.
 #
 # ## The mistake: a default that diverges
 #
@@ -91,7 +92,7 @@ plt.show()
 
 # %%
 def errors(data: MNISTParityData, updates: int, **settings) -> list[float]:
-    """Train; return the loss on training and test digits, and the share of those told right."""
+    """Train; return the loss on training and test digits, and the accuracy on the latter."""
     model = ParityRegressor(**settings)
     train(model, data, updates)
     with torch.no_grad():

@@ -56,11 +56,10 @@ def check(name: str, ours: Any, printed: Any, rounding: Any = 0.0, *, needs: str
     verdict = "needs data" if needs else "agrees" if agrees else "DIFFERS"
     same = sum(w in (text, v) for (w, v), text in zip(pairs, shown, strict=True))
     CHECKS.append(Check(name.split()[0], len(words), same, verdict))
-    printed = " ".join(map(str, words))
     if same == len(values) and verdict == "agrees":
-        print(f"{name}: {printed}  ✓")
+        print(f"{name}: {_line(words)}  ✓")
     else:
-        print(f"{name}: {' '.join(shown)}\n    expected: {printed}")
+        print(f"{name}: {_line(shown)}\n    expected: {_line(words)}")
         print(f"    {verdict}: {needs or f'{np.max(gaps):.1g} apart'}")
 
 
@@ -78,6 +77,11 @@ def conclude(lesson: str) -> None:
     if wrong:
         raise Differs(f"lesson {lesson} differs in {', '.join(dict.fromkeys(wrong))}")
     print(f"lesson {lesson}: no number differs from the notebook's")
+
+
+def _line(words: list[Any]) -> str:
+    """Return the first ten of them."""
+    return " ".join([*map(str, words[:10]), *["…"] * (len(words) > 10)])
 
 
 def _gap(word: Any, value: float) -> float:
