@@ -131,7 +131,7 @@ def _help() -> str:
     lines = [Path(__file__).with_name("help.txt").read_text(encoding="utf-8")]
     for name in experiments():
         with (EXPERIMENTS / f"{name}.yaml").open(encoding="utf-8") as file:
-            lines.append(f"  {name:18}{file.readline().lstrip('# ')}")
+            lines.append(f"  {name:21}{file.readline().lstrip('# ')}")
     return "".join(lines).strip()
 
 

@@ -103,7 +103,8 @@ def test_every_experiment_builds(built, tmp_path, name):
         if key.startswith("max"):
             assert getattr(built["trainer"], key) == value
     assert ("autograd" in name) == built["model"].automatic_optimization
-    assert built["data"].updates_per_step > 1  # shipped fast
+    few = 0 < built["trainer"].max_steps <= 10  # each is drawn
+    assert built["data"].updates_per_step > 1 or few  # shipped fast
 
 
 @pytest.mark.parametrize("name", ["linear", "parity"])

@@ -1,4 +1,4 @@
-"""Vector-Jacobian products and per-sample Jacobians, with the notebooks' numbers."""
+"""Per-sample Jacobians against autograd's full one; the notebook's numbers are in lesson 004."""
 
 import doctest
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import derivatives
-from derivatives import per_sample_jacobian, vjp
+from lessons import derivatives
+from lessons.derivatives import per_sample_jacobian
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17])
@@ -28,37 +28,26 @@ def test_unused_inputs_have_zero_columns_and_nothing_is_accumulated():
     assert x.grad is None
 
 
-DEPENDENT = {
-    "batch norm": lambda x: (x - x.mean(0)) / x.std(0),
-    "mean": lambda x: x + x.mean(0),
-    "softmax over rows": lambda x: x.softmax(0),
-    "shifted": lambda x: x.roll(1, 0),
-    "first row": lambda x: x * x[0],
-}
-
-
-@pytest.mark.parametrize("name", DEPENDENT)
-@pytest.mark.parametrize("rows", [3, 1000])
-def test_dependent_rows_are_refused(name, rows):
-    with pytest.raises(ValueError, match="acts on other rows"):
-        per_sample_jacobian(DEPENDENT[name], torch.randn(rows, 4))
-
-
 X = torch.randn(4, 2)
+DEPENDENT = "acts on other rows"
 REFUSED = [
-    (lambda: per_sample_jacobian(lambda x: x.sum(1), X), r"to \[N, O\]; found \[4\]"),
-    (lambda: per_sample_jacobian(lambda x, z: x, X, X[:3, 0]), r"one N; found \[\[4, 2\], \[3\]\]"),
-    (lambda: per_sample_jacobian(lambda x: x, X.long()), "torch.int64"),
-    (lambda: per_sample_jacobian(lambda x: x.detach(), X), "does not depend"),
-    (lambda: vjp(lambda x: x, X, torch.ones(4)), r"\[4, 2\]; found \[4\]"),
+    (lambda x: (x - x.mean(0)) / x.std(0), [X], DEPENDENT),
+    (lambda x: x + x.mean(0), [torch.randn(1000, 4)], DEPENDENT),
+    (lambda x: x.softmax(0), [X], DEPENDENT),
+    (lambda x: x.roll(1, 0), [X], DEPENDENT),
+    (lambda x: x * x[0], [torch.randn(1000, 4)], DEPENDENT),
+    (lambda x: x.sum(1), [X], r"to \[N, O\]; found \[4\]"),
+    (lambda x, z: x, [X, X[:3, 0]], r"one N; found \[\[4, 2\], \[3\]\]"),
+    (lambda x: x, [X.long()], "torch.int64"),
+    (lambda x: x.detach(), [X], "does not depend"),
 ]
 
 
-@pytest.mark.parametrize("call, message", REFUSED)
-def test_wrong_calls_are_refused_by_name(call, message):
+@pytest.mark.parametrize("f, inputs, message", REFUSED)
+def test_what_has_no_jacobian_per_sample_is_refused(f, inputs, message):
     with pytest.raises(ValueError, match=message):
-        call()
+        per_sample_jacobian(f, *inputs)
 
 
-def test_the_examples_of_the_notebooks():
-    assert doctest.testmod(derivatives) == (0, 9)
+def test_the_example_runs():
+    assert doctest.testmod(derivatives) == (0, 5)

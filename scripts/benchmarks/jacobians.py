@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.fitting import Prepared
 from benchmarks.harness import Row
 from benchmarks.team import Job, Run, Side
-from derivatives import per_sample_jacobian
+from lessons.derivatives import per_sample_jacobian
 
 SAMPLES = 1000
 

@@ -1,1 +1,1 @@
-"""The numbers that five teaching notebooks print, and how each of them is computed here."""
+"""The lessons of the five notebooks, and what they share."""

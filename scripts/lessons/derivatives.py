@@ -1,48 +1,9 @@
-"""Derivatives of vector functions: vector-Jacobian products and Jacobians sample by sample."""
+"""Jacobians sample by sample."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-
-
-def vjp(
-    f: Callable[..., Tensor], inputs: Tensor | Sequence[Tensor], vector: Tensor
-) -> tuple[Tensor, ...]:
-    """Return vᵀJ, which `f(*inputs).backward(gradient=v)` would add to each `.grad`.
-
-    The inputs' `.grad` is not touched, so two calls do not add up.
-
-    Args:
-        f: A differentiable function of the inputs.
-        inputs: One tensor, or several, of floating dtype.
-        vector: v, with the shape of f's result.
-
-    Returns:
-        One gradient per input, with its shape; zeros for an input that f does not use.
-
-    Raises:
-        ValueError: If an input cannot be differentiated, or the shapes of v and f's result differ.
-
-    Example:
-        T = a³ − 2b² has the gradients 3a² and −4b; y = x + 2 has ones.
-
-        >>> a, b = torch.tensor([2.0, 3.0]), torch.tensor([6.0, 4.0])
-        >>> da, db = vjp(lambda a, b: a**3 - 2 * b**2, (a, b), torch.ones(2))
-        >>> da.tolist(), db.tolist()
-        ([12.0, 27.0], [-24.0, -16.0])
-        >>> vjp(lambda x: x + 2, torch.tensor([0.1, 0.2, 0.3]), torch.ones(3))[0].tolist()
-        [1.0, 1.0, 1.0]
-    """
-    leaves = _leaves([inputs] if isinstance(inputs, Tensor) else inputs)
-    with torch.enable_grad():
-        output = f(*leaves)
-    if vector.shape != output.shape:
-        raise ValueError(
-            f"vector must have the shape of f's result, {list(output.shape)}; "
-            f"found {list(vector.shape)}"
-        )
-    return _pull_back(output, leaves, vector)
 
 
 def per_sample_jacobian(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -87,7 +48,7 @@ def per_sample_jacobian(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     weights = _random_weights(rows, outputs).to(directions)
     vectors = torch.cat([directions[:, None, :].expand(outputs, rows, outputs), weights[None]])
     # One batched pass; on N = 10 … 1e5 it took half to nine tenths of a loop over the outputs.
-    columns = _pull_back(output, leaves, vectors, batched=True)
+    columns = _pull_back(output, leaves, vectors)
     rows_of_j = torch.cat([c.reshape(len(vectors), rows, -1) for c in columns], dim=2)
     jacobian = rows_of_j[:outputs].transpose(0, 1)
     _check_independence(rows_of_j[outputs], torch.einsum("no,noi->ni", weights, jacobian))
@@ -101,17 +62,15 @@ def _leaves(inputs: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().requires_grad_() for tensor in inputs]
 
 
-def _pull_back(
-    output: Tensor, leaves: list[Tensor], vector: Tensor, batched: bool = False
-) -> tuple[Tensor, ...]:
+def _pull_back(output: Tensor, leaves: list[Tensor], vectors: Tensor) -> list[Tensor]:
+    """Return vᵀJ for each of several v; zeros for a leaf that the output does not use."""
     if not output.requires_grad:
         raise ValueError("f's result does not depend on its inputs: constant, or cut by detach?")
-    found = torch.autograd.grad(output, leaves, vector, allow_unused=True, is_grads_batched=batched)
-    lead = vector.shape[:1] if batched else ()
-    return tuple(
-        leaf.new_zeros((*lead, *leaf.shape)) if gradient is None else gradient
+    found = torch.autograd.grad(output, leaves, vectors, allow_unused=True, is_grads_batched=True)
+    return [
+        leaf.new_zeros((len(vectors), *leaf.shape)) if gradient is None else gradient
         for leaf, gradient in zip(leaves, found, strict=True)
-    )
+    ]
 
 
 def _check_shapes(leaves: list[Tensor], output: Tensor) -> int:
