@@ -317,7 +317,7 @@ def test_what_was_logged_and_at_which_updates(tmp_path, gradient):
 
 if __name__ == "__main__":
     here, kinds = int(os.environ["RANK"]), {kind.__name__: kind for kind in CONTENT}
-    ends = {
+    ends: dict[Any, Any] = {
         (name, mode): train(kinds[name], mode, here, 2).state_dict()
         for name in sys.argv[2:]
         for mode in MODES
