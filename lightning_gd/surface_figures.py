@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from numpy.typing import ArrayLike
 from PIL import Image
 
@@ -51,30 +52,37 @@ def animate(file: Path, surface: Surface, names: Sequence[str], fit: Fit | None 
     plane, below = figure.add_subplot(grid[0, -1]), figure.add_subplot(grid[1, :])
     path, points = _draw(plane, surface, names)
     updates, losses = surface.updates[: surface.shown].numpy(), surface.losses.numpy()
-    name_axes(below, "update", "loss")
-    below.plot(updates, losses, color=EVEN, lw=2)
-    below.set_yscale("log" if losses.min() > 0 else "linear")
-    below.locator_params("x", integer=True)
-    (now,) = below.plot([], [], "o", color=ODD, ms=10)
-    title = below.set_title("update, loss", fontsize=TEXT)
-    moving = [path, now, title]
+    moving: list[Any] = [path, *_draw_losses(below, updates, losses)]
     if fit:
-        beside = figure.add_subplot(grid[0, 0])
-        name_axes(beside, "x", "y")
-        beside.plot(*fit[:2], "o", color=ODD, ms=9, mec="white")
-        beside.margins(y=1)
-        moving += beside.plot([], [], color=EVEN, lw=3)
+        moving.append(_draw_data(figure.add_subplot(grid[0, 0]), *fit[:2]))
     with_legend(figure)
 
     def move(k: int) -> None:
         path.set_data(*points[: k + 1].T)
-        now.set_data(updates[k : k + 1], losses[k : k + 1])
-        title.set_text(f"update {updates[k]:,}, loss {losses[k]:.3g}")
+        moving[1].set_data(updates[k : k + 1], losses[k : k + 1])
+        moving[2].set_text(f"update {updates[k]:,}, loss {losses[k]:.3g}")
         if fit:
-            moving[-1].set_data(fit[2], fit[3][k])
+            moving[3].set_data(fit[2], fit[3][k])
 
     shown = sorted({round(k) - 1 for k in np.geomspace(1, len(points), FRAMES)})
     _write(file, figure, moving, move, shown)
+
+
+def _draw_losses(axes: Axes, updates: np.ndarray, losses: np.ndarray) -> tuple[Line2D, Text]:
+    """Draw the losses by update; return the point and the title that move."""
+    name_axes(axes, "update", "loss")
+    axes.plot(updates, losses, color=EVEN, lw=2)
+    axes.set_yscale("log" if losses.min() > 0 else "linear")
+    axes.locator_params("x", integer=True)
+    return axes.plot([], [], "o", color=ODD, ms=10)[0], axes.set_title("update", fontsize=TEXT)
+
+
+def _draw_data(axes: Axes, x: ArrayLike, y: ArrayLike) -> Line2D:
+    """Draw the data; return the line that moves."""
+    name_axes(axes, "x", "y")
+    axes.plot(x, y, "o", color=ODD, ms=9, mec="white")
+    axes.margins(y=1)
+    return axes.plot([], [], color=EVEN, lw=3)[0]
 
 
 def _write(file: Path, figure: Figure, moving: list[Any], move: Callable, ks: list[int]) -> None:
