@@ -209,11 +209,9 @@ MOVE = """(() => {
 def test_the_page_draws_the_paths_of_the_package(show, tmp_path, monkeypatch, table):
     monkeypatch.chdir(tmp_path)
     rows = [(a, a % 5, 3 * a - (a % 5) + a % 3) for a in range(1, 13)]
-    for name in ("one", "two"):
-        lines = [[row[0], row[-1]] if name == "one" else row for row in rows]
-        head = "a,y" if name == "one" else "a,b,y"
-        text = "\n".join([head, *(",".join(map(str, line)) for line in lines)])
-        (tmp_path / f"{name}.csv").write_text(text)
+    one, two = [("a", "y"), *(row[::2] for row in rows)], [("a", "b", "y"), *rows]
+    for name, lines in (("one.csv", one), ("two.csv", two)):
+        (tmp_path / name).write_text("\n".join(",".join(map(str, line)) for line in lines))
     words = ["--csv", table, "--target", "y"] if table.endswith("csv") else ["--config", table]
     assert compare.main([*words, "--html", "page.html", "--out", "out", "--steps", "40"]) == 0
     if table == "linear":
