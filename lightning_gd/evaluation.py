@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 from torchmetrics import MeanMetric, Metric
 
 from lightning_gd.batch import Batch, DataBatch, as_batch, tensors
@@ -120,6 +121,34 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child in training:
             child.training = True
+
+
+class _Loss(nn.Module):
+    """The loss of a model on a batch as a module, for `functional_call`."""
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        super().__init__()
+        self.model, self.batch = model, batch
+
+    def forward(self) -> Tensor:
+        return self.batch.loss(self.model)
+
+
+def losses_at(module: nn.Module, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
+    """Return the losses of a batch at K sets of weights, shape [K].
+
+    `weights` has each parameter K times, shape [K, ...]; the module keeps its own.
+    """
+    loss, stacked = _Loss(module, batch), {f"model.{name}": w for name, w in weights.items()}
+    count = len(next(iter(weights.values())))
+    with evaluating(module):
+        if count > 1:
+            try:
+                return vmap(lambda w: functional_call(loss, w))(stacked)
+            except RuntimeError:  # not every loss can be computed at stacked weights
+                pass
+        each = ({name: w[k] for name, w in stacked.items()} for k in range(count))
+        return torch.stack([functional_call(loss, w) for w in each])
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ def loss_curves(
     if optimum is not None:
         height = optimum if optimum > 1e-3 * axes.get_ylim()[0] else np.nan  # far below: no line
         axes.axhline(height, color="#707070", lw=1.5, ls=":", label=f"optimum {optimum:.4g}")
-    return _with_legend(figure)
+    return with_legend(figure)
 
 
 def weight_picture(weight: ArrayLike) -> Figure:
@@ -114,7 +114,7 @@ def accuracy_by_digit(accuracies: Sequence[float], overall: float, majority: flo
     axes.set_xticks(range(10))
     axes.set_ylim(0, 1)
     axes.grid(False, axis="x")
-    return _with_legend(figure)
+    return with_legend(figure)
 
 
 def fitted_lines(
@@ -143,19 +143,24 @@ def fitted_lines(
     axes.plot(x, y, "o", color=ODD, ms=9, mec="white", label="data", zorder=3)
     bottom, top = axes.get_ylim()  # cut, or the lines of a diverging run would hide the data
     axes.set_ylim(max(bottom, low - height), min(top, high + height))
-    return _with_legend(figure)
+    return with_legend(figure)
 
 
 def _figure(x: str, y: str, size: tuple[float, float] = (8, 5)) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     axes = figure.add_subplot()
+    name_axes(axes, x, y)
+    return figure, axes
+
+
+def name_axes(axes: Axes, x: str, y: str) -> None:
+    """Name the axes, in the style of all pictures."""
     axes.set_xlabel(x, fontsize=TEXT)
     axes.set_ylabel(y, fontsize=TEXT)
     axes.tick_params(which="both", labelsize=SMALL)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD")
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _plot(axes: Axes, curve: Curve, **style: Any) -> None:
@@ -166,13 +171,14 @@ def _plot(axes: Axes, curve: Curve, **style: Any) -> None:
     axes.set_yscale("log")
 
 
-def _with_legend(figure: Figure) -> Figure:
-    """Add the legend of the first axes above them, and plain numbers to a short log axis."""
+def with_legend(figure: Figure) -> Figure:
+    """Add the legend of the first axes above them, and plain numbers to short log axes."""
     axes = figure.axes[0]
-    low, high = axes.get_ylim()
-    if axes.get_yscale() == "log" and high < 50 * low:
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "12346" else "")
+    for log in (axes for axes in figure.axes if axes.get_yscale() == "log"):
+        low, high = log.get_ylim()
+        if high < 50 * low:
+            log.yaxis.set_major_formatter("{x:g}")
+            log.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "12346" else "")
     handles, labels = axes.get_legend_handles_labels()
     entries = dict(zip(labels, handles, strict=True))  # one for all predicted curves
     columns = 2 if len(entries) == 4 else 3

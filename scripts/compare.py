@@ -23,20 +23,22 @@ nn.Linear with torch.optim.SGD. Prints losses, weights and how far they are apar
 in ulps: units in the last place of the largest number compared.
 
 Writes DIR/compare.png and one TensorBoard run per implementation, which share one
-chart (tensorboard --logdir DIR, tab CUSTOM SCALARS)."""
+chart (tensorboard --logdir DIR, tab CUSTOM SCALARS). With --html also a page for a
+browser, of one file: the paths on one surface, with sliders for learning rate and
+momentum; for the experiment linear, or a CSV file with one or two features."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare; return 0 on success, 2 where an argument is wrong."""
+    """Compare; return 0 on success, 1 for a file, 2 for a wrong argument, 3 for a divergence."""
     arguments = _parse(argv)
     from quiet import quiet
 
     quiet()
     try:
         _compare(arguments)
-    except ValueError as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, OSError) else 3 if isinstance(error, ArithmeticError) else 2
     return 0
 
 
@@ -53,6 +55,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float64", "float32"), default="float64", help="default: float64")
     add("--out", type=Path, default=Path("lightning_logs/compare"), metavar="DIR",
         help="folder of picture and runs (default: lightning_logs/compare)")  # fmt: skip
+    add("--html", type=Path, metavar="FILE", help="write the page to this file")
+    add("--csv", metavar="FILE", help="your own table, instead of an experiment; from zeros")
+    add("--target", metavar="COLUMN", help="what to predict in it")
+    add("--features", nargs="+", metavar="COLUMN", help="one or two columns (default: all others)")
     return parser.parse_args(argv)
 
 
@@ -67,10 +73,15 @@ def _compare(arguments: argparse.Namespace) -> None:
     import torch
 
     import comparison  # takes seconds to import
+    import page
     from compared_curves import compared_curves
 
-    dtype, out = getattr(torch, arguments.dtype), arguments.out
-    problem = comparison.load_problem(arguments.config, arguments.lr, dtype)
+    dtype, out, lr = getattr(torch, arguments.dtype), arguments.out, arguments.lr
+    if arguments.csv:
+        table = arguments.csv, arguments.target, arguments.features
+        problem, features = page.table_problem(*table, lr, dtype)
+    else:
+        problem, features = comparison.load_problem(arguments.config, lr, dtype), ["x"]
     runs = comparison.all_four(problem, arguments.steps, arguments.reduction)
     predicted = comparison.predicted_losses(problem, arguments.steps)
     losses = {**{name: run.losses for name, run in runs.items()}, "predicted": predicted}
@@ -89,6 +100,10 @@ def _compare(arguments: argparse.Namespace) -> None:
     compared_curves(curves, theory).savefig(out / "compare.png")
     comparison.write_tensorboard(losses, out)
     print(f"picture: {out / 'compare.png'}")
+    if arguments.html:
+        name = arguments.csv or arguments.config
+        page.write_page(arguments.html, problem, runs, name, features)
+        print(f"page: {arguments.html}")
     print(f"look at it: tensorboard --logdir {out}")
 
 

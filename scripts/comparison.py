@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_gd import LinearRegression
@@ -67,11 +68,17 @@ class Descent:
 
     Attributes:
         losses: For `train` and `test` the mean losses before each update, shape [steps].
-        theta: (w, b) after the last update, shape [D + 1]; b is 0 for a model without bias.
+        path: (w, b) before each update and after the last, shape [steps + 1, D + 1]; b is 0 for a
+            model without bias.
     """
 
     losses: dict[str, np.ndarray]
-    theta: np.ndarray
+    path: np.ndarray
+
+    @property
+    def theta(self) -> np.ndarray:
+        """(w, b) after the last update."""
+        return self.path[-1]
 
 
 def load_problem(
@@ -152,7 +159,7 @@ def by_numpy(
         )
         residuals = x_test @ run.weights[:-1].T + run.biases[:-1] - y_test[:, None]
         losses = {"train": run.losses, "test": (residuals**2).mean(0)}
-    return Descent(losses, np.append(run.weights[-1], run.biases[-1]))
+    return Descent(losses, np.column_stack([run.weights, run.biases]))
 
 
 def by_trainer(problem: Problem, steps: int, gradient: Literal["explicit", "autograd"]) -> Descent:
@@ -166,11 +173,31 @@ def by_trainer(problem: Problem, steps: int, gradient: Literal["explicit", "auto
     ).to(problem.weight.dtype)
     _start(problem, model.weight, model.bias)
     double = problem.weight.dtype == torch.float64
-    trainer = quiet_trainer(steps, double, TestCurve(every_n_updates=1))
+    keep = _KeepWeights()
+    trainer = quiet_trainer(steps, double, TestCurve(every_n_updates=1), keep)
     trainer.fit(model, datamodule=_GivenTables(problem.tables, passes_per_epoch=steps))
-    history, weight = model.curves.history, model.weight.detach().numpy()
-    losses = {part: np.array(history[f"{part}/loss"][1], weight.dtype) for part in PARTS}
-    return Descent(losses, np.append(weight, model.bias.detach().numpy()))
+    path, history = np.array(keep.path), model.curves.history
+    losses = {part: np.array(history[f"{part}/loss"][1], path.dtype) for part in PARTS}
+    return Descent(losses, path)
+
+
+class _KeepWeights(Callback):
+    """Keeps the weights before each update and after the last, [D + 1] each."""
+
+    def __init__(self) -> None:
+        self.path: list[np.ndarray] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.path.append(_theta(pl_module.weight, pl_module.bias))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.path.append(_theta(pl_module.weight, pl_module.bias))
+
+
+def _theta(weight: Tensor, bias: Tensor | None) -> np.ndarray:
+    """Return a copy of (w, b), shape [D + 1]."""
+    numbers = weight.detach().flatten().numpy()
+    return np.append(numbers, numbers.dtype.type(0) if bias is None else bias.detach().numpy())
 
 
 class _GivenTables(TensorDataModule):
@@ -193,6 +220,7 @@ def by_torch(problem: Problem, steps: int) -> Descent:
         return nn.functional.mse_loss(model(x).squeeze(1), y)
 
     losses: dict[str, list[float]] = {part: [] for part in PARTS}
+    path = [_theta(model.weight, model.bias)]
     for _ in range(steps):
         optimizer.zero_grad()
         with torch.no_grad():
@@ -201,10 +229,9 @@ def by_torch(problem: Problem, steps: int) -> Descent:
         losses["train"].append(train.item())
         train.backward()
         optimizer.step()
-    weight = model.weight.detach()[0].numpy()
-    bias = np.zeros(1, weight.dtype) if problem.bias is None else model.bias.detach().numpy()
-    arrays = {part: np.array(values, weight.dtype) for part, values in losses.items()}
-    return Descent(arrays, np.append(weight, bias))
+        path.append(_theta(model.weight, model.bias))
+    arrays = {part: np.array(values, path[0].dtype) for part, values in losses.items()}
+    return Descent(arrays, np.array(path))
 
 
 @torch.no_grad()

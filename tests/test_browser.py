@@ -1,4 +1,4 @@
-"""What a run leaves behind is seen in TensorBoard, in a real browser."""
+"""What a run leaves behind is seen in TensorBoard, and the page of `compare.py`, in a browser."""
 
 import asyncio
 import json
@@ -7,12 +7,19 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from urllib.request import urlopen
 
 import aiohttp
+import numpy as np
 import pytest
+import torch
 from conftest import events_in, run, trainer_words
 from matplotlib.image import imread
+
+import compare
+import comparison
+import page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = [
@@ -38,7 +45,7 @@ const drawn = card => seen('path.line', inside(card)).filter(p => p.getAttribute
 
 
 async def look(port, page, expression, enough, tries=600):
-    """Return the value of `expression` on a page of TensorBoard, as soon as it is `enough`.
+    """Return the value of `expression` on a page, as soon as it is `enough`.
 
     Chromium without a screen is driven over its DevTools protocol.
     """
@@ -109,8 +116,8 @@ def _last_written(address):
 
 
 @pytest.fixture(scope="module")
-def browser(board, tmp_path_factory):
-    """A function that looks at a tab of TensorBoard."""
+def show(tmp_path_factory):
+    """A function that looks at a page."""
     profile = tmp_path_factory.mktemp("profile")
     words = [CHROMIUM, *QUIET, "--remote-debugging-port=0", f"--user-data-dir={profile}"]
     words += ["--window-size=1600,1200", "about:blank"]
@@ -118,10 +125,16 @@ def browser(board, tmp_path_factory):
     file = profile / "DevToolsActivePort"
     try:
         port = until(lambda: file.is_file() and file.read_text().split()[0])
-        yield lambda tab, *words: asyncio.run(look(port, f"{board}#{tab}", *words))
+        yield lambda page, *words: asyncio.run(look(port, page, *words))
     finally:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture
+def browser(show, board):
+    """A function that looks at a tab of TensorBoard."""
+    return lambda tab, *words: show(f"{board}#{tab}", *words)
 
 
 def test_charts_of_the_curves_in_both_modes(browser):
@@ -175,3 +188,53 @@ def test_a_row_of_hyperparameters_with_the_final_metrics(browser, logs):
             last = events.Scalars(tag)[-1].value
             assert float(row[tag]) == pytest.approx(last, rel=1e-4)  # five digits are shown
         assert row["gradient"] == ("autograd" if "autograd" in name else "explicit")
+
+
+MOVE = """(() => {
+    const set = (id, name, value) => {
+        const element = document.querySelector(id);
+        element[name] = value;
+        element.dispatchEvent(new Event('input'));
+        return element[name];
+    };
+    if (location.pathname !== '%s' || document.readyState !== 'complete') return null;
+    const points = id => document.querySelector(id).getAttribute('points');
+    set('#intercept', 'checked', %s);
+    const moved = [set('#lr', 'value', %s), set('#momentum', 'value', %s)].map(Number);
+    return [moved, points('#mean'), points('#sum'), document.querySelector('#verdict').textContent];
+})()"""
+
+
+@pytest.mark.parametrize("table", ["linear", "one.csv", "two.csv"])
+def test_the_page_draws_the_paths_of_the_package(show, tmp_path, monkeypatch, table):
+    monkeypatch.chdir(tmp_path)
+    rows = [(a, a % 5, 3 * a - (a % 5) + a % 3) for a in range(1, 13)]
+    one, two = [("a", "y"), *(row[::2] for row in rows)], [("a", "b", "y"), *rows]
+    for name, lines in (("one.csv", one), ("two.csv", two)):
+        (tmp_path / name).write_text("\n".join(",".join(map(str, line)) for line in lines))
+    words = ["--csv", table, "--target", "y"] if table.endswith("csv") else ["--config", table]
+    assert compare.main([*words, "--html", "page.html", "--out", "out", "--steps", "40"]) == 0
+    if table == "linear":
+        problem = comparison.load_problem(table)
+    else:
+        problem, _ = page.table_problem(table, "y", None, None, torch.float64)
+    for share, momentum, intercept in ((0.3, 0, False), (0.9, 0.25, True), (0.1, 0.9, True)):
+        chosen = problem
+        if table == "linear" and intercept:
+            chosen = replace(problem, bias=torch.zeros(()).double())
+        lr, trained = share * chosen.curvature.max_lr(momentum), str(intercept or table != "linear")
+        file = f"{tmp_path}/page.html"
+        move = MOVE % (file, trained.lower(), lr, momentum)
+        moved, mean, total, said = show(f"file://{file}", move, lambda found: found[1])
+        assert moved == pytest.approx([lr, momentum], rel=1e-9)
+        chosen = replace(chosen, lr=moved[0], momentum=moved[1])
+        drawn = np.array([point.split(",") for point in mean.split()], float)
+        assert drawn.shape == (41, 2)
+        path = comparison.by_trainer(chosen, 40, "explicit").path[:, :2]
+        assert np.abs(drawn - path).max() < 1e-9
+        # The page ends a path that diverges where it is far outside.
+        drawn = np.array([point.split(",") for point in total.split()], float)
+        path = comparison.by_numpy(chosen, 40, "sum").path[: len(drawn), :2]
+        assert len(drawn) >= 3 and np.abs(drawn - path).max() < 1e-9 * np.abs(path).max()
+        stable = chosen.curvature.max_lr(momentum)
+        assert f"largest stable rate is {stable:.4g} for the gradient of the mean" in said

@@ -1,5 +1,9 @@
 """Four implementations, one curve: `scripts/compare.py`."""
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +82,33 @@ def test_the_script_prints_draws_and_logs(tmp_path, capsys):
         assert b"train/loss" in layout and b"test/loss" in layout
 
 
+def test_the_page_is_one_file_and_holds_what_the_loss_depends_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("t.csv").write_text("<b>,area,price\n1,2,3\n2,2,7\n4,9,5\n")
+    words = ["--csv", "t.csv", "--target", "price", "--steps", "6", "--out", "out"]
+    assert compare.main([*words, "--html", "sub/page.html"]) == 0
+    assert "page: sub/page.html" in capsys.readouterr().out
+    text = Path("sub/page.html").read_text(encoding="utf-8")
+    assert set(re.findall(r"https?://[^\"' ]+", text)) == {"http://www.w3.org/2000/svg"}
+    assert "<b>" not in text.partition("const DATA")[2].partition("\n")[0]
+    data = json.loads(re.findall(r"const DATA = (.*);", text)[0])
+    assert data["names"] == ["weight of <b>", "weight of area"] and data["rows"] == 3
+    x, y = np.array([[1.0, 2], [2, 2], [4, 9]]), np.array([3.0, 7, 5])
+    x, y = (x - x.mean(0)) / x.std(0), y - y.mean()
+    np.testing.assert_allclose(data["A"], x.T @ x / 3, rtol=1e-14)
+    np.testing.assert_allclose(data["c"], x.T @ y / 3, rtol=1e-13)
+    assert data["d"] == pytest.approx((y**2).mean(), rel=1e-14)
+    assert data["lr"] == pytest.approx(1 / np.linalg.eigvalsh(2 * x.T @ x / 3)[-1], rel=1e-14)
+    paths = {run["name"]: np.array(run["path"]) for run in data["runs"]}
+    assert list(paths) == ["NumPy, sum", "NumPy", "explicit", "autograd", "nn.Linear + SGD"]
+    for name, path in paths.items():
+        lr = data["lr"] * (3 if name == comparison.SUM else 1)
+        theta = np.zeros(2)
+        for point in path:
+            np.testing.assert_allclose(point, theta, rtol=1e-9, atol=1e-12)
+            theta = theta - lr * 2 * x.T @ (x @ theta - y) / 3
+
+
 def test_the_picture_is_readable_and_divergence_is_cut():
     steady, exploding = falling(0.9), falling(10.0, 300)
     both = {"train": steady, "test": steady}
@@ -93,15 +124,24 @@ def test_the_picture_is_readable_and_divergence_is_cut():
 def test_wrong_arguments_are_named(tmp_path, capsys):
     text, adam = (EXPERIMENTS / "linear.yaml").read_text(encoding="utf-8"), tmp_path / "adam.yaml"
     adam.write_text(text.replace("start: zeros", "optimizer: Adam"))
+    wide = tmp_path / "wide.csv"
+    wide.write_text("a,b,c,e\n1,2,3,4\n2,2,3,5\n")
     for words, message in (
         (["--config", "nothing"], "unknown experiment 'nothing'"),
         (["--config", "parity_mlp"], "trains ParityMLP"),
         (["--config", str(adam)], "optimizer='Adam'"),
         (["--lr", "-1"], "lr=-1.0 must be a finite number above 0"),
+        (["--config", "parity", "--steps", "1", "--html", "p.html"], "but parity trains 785: use"),
+        (["--csv", "t.csv"], "--csv t.csv needs --target, the column to predict"),
+        (["--csv", str(wide), "--target", "e"], "features a, b, c: choose one or two by"),
         (["--steps", "4001"], "--steps 4001 must be at most 4000"),
     ):
         assert compare.main([*words, "--out", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err
+    assert compare.main(["--csv", "none.csv", "--target", "a"]) == 1
+    assert "none.csv" in capsys.readouterr().err
+    assert compare.main(["--lr", "1e9", "--out", str(tmp_path)]) == 3
+    assert capsys.readouterr().err.startswith("error: diverged: the loss is inf after")
     with pytest.raises(SystemExit, match="2"):
         compare.main(["--steps", "0"])
     assert "must be at least 1" in capsys.readouterr().err

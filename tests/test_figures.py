@@ -72,7 +72,8 @@ def assert_readable(figure):
 def drawn_texts(figure):
     """The texts inside the limits of the axes; matplotlib also holds labels of other ticks."""
     texts = [text for legend in figure.legends for text in legend.get_texts()]
-    for axes in figure.axes:
+    bars = [bar for axes in figure.axes for bar in axes.child_axes]
+    for axes in [*figure.axes, *bars]:
         texts += [axes.title, *axes.texts]
         for axis in (axes.xaxis, axes.yaxis) if axes.axison else ():
             low, high = sorted(axis.get_view_interval())
@@ -145,8 +146,8 @@ def test_a_fit_of_points_draws_curves_and_lines(make_trainer, tmp_path, gradient
     model = LinearRegression(bias=False, gradient=gradient)
     data = PointsData(passes_per_epoch=20, updates_per_step=updates_per_step)
     pictures, events, files = fit(make_trainer, tmp_path, model, data, 20)
-    assert set(files) == {"loss", "fit"}
-    assert set(events.Tags()["images"]) == {"pictures/loss", "pictures/fit"}
+    assert set(files) == {"loss", "fit", "surface"}
+    assert set(events.Tags()["images"]) == {f"pictures/{name}" for name in files}
     image = events.Images("pictures/fit")[0]
     assert (image.height, image.width) == files["fit"].shape[:2] and image.step == 20
     assert [updates for updates, _ in pictures.lines] == [0, 1, 2, 4, 8, 16, 20]

@@ -1,21 +1,25 @@
 """Pictures at the end of a fit, as PNG files and in TensorBoard."""
 
-from pathlib import Path
-from typing import Any
+import pathlib
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gd.callbacks.run_folder import boards
 from lightning_gd.data.tables import Table
-from lightning_gd.data.tensors import tensor_data
+from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.evaluation import evaluating
+from lightning_gd.leastsquares import LeastSquares
 from lightning_gd.module import GradientDescentModule
-from lightning_gd.settings import whole_number
+from lightning_gd.settings import DivergenceError, whole_number
+from lightning_gd.surface import Path
 
 MOST_ROWS = 2_000  # points of the data in the picture of a fitted line
+MOST_NUMBERS = 2**16  # trained numbers of a model whose path is kept
 MEASURED = ["train/loss", "test/loss"]
 CHARTS = {  # of TensorBoard's custom scalars, for all runs together
     "train/loss and test/loss": ["Multiline", MEASURED],
@@ -26,42 +30,78 @@ CHARTS = {  # of TensorBoard's custom scalars, for all runs together
 class Pictures(Callback):
     """Draws what fits the model and the data, in `<run>/pictures` and in TensorBoard.
 
-    The loss curves with their predictions and the optimum, where these were recorded; 784 weights
-    at their pixels; for digits the worst mistakes and the accuracy of each digit; for one feature
-    the data and the fit after 1, 2, 4, 8, … updates. It needs a GradientDescentModule, and a
-    logger, whose folder takes the pictures.
+    The loss curves with their predictions and the optimum, where these were recorded; the surface:
+    the path of the run over contours of the training loss; 784 weights at their pixels; for digits
+    the worst mistakes and the accuracy of each digit; for one feature the data and the fit after
+    1, 2, 4, 8, … updates. It needs a GradientDescentModule, and a logger, whose folder takes the
+    pictures. For a run on one process that diverges, loss and surface are drawn.
 
     Args:
         worst: Largest number of wrongly scored digits shown.
+        surface: `auto` draws the surface of one or two trained numbers, `true` that of up to
+            65,536, in the plane in which the path moved most; both for a TensorDataModule.
+        animation: Also write a GIF of the moving path, the loss and the fit.
     """
 
     called_directly = True  # by `UpdatesOfStep`
 
-    def __init__(self, worst: int = 20) -> None:
+    def __init__(
+        self, worst: int = 20, surface: bool | Literal["auto"] = "auto", animation: bool = False
+    ) -> None:
         whole_number("worst", worst, 1)
-        self.worst = worst
+        if surface not in (True, False, "auto") or animation and not surface:
+            rest = "" if animation else " or False"
+            raise ValueError(f"surface={surface!r} must be 'auto' or True{rest} ({animation=})")
+        self.worst, self.surface, self.animation = worst, animation or surface, animation
         self.lines: list[tuple[int, Tensor]] = []  # updates made, predictions at `_at`
+        self.path: Path | None = None
         self._at: Tensor | None = None  # inputs, shape [K, 1]
-        self._folder: Path | None = None
+        self._folder: pathlib.Path | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder, data = trainer.log_dir if trainer.loggers else None, tensor_data(trainer)
-        own = isinstance(pl_module, GradientDescentModule) and trainer.is_global_zero
-        self._folder = Path(folder) / "pictures" if folder and own else None
-        self.lines, self._at = [], None
-        for board in boards(trainer) if self._folder else ():
+        self.lines, self.path, self._at, self._folder = [], None, None, None
+        if not folder or not isinstance(pl_module, GradientDescentModule):
+            return
+        path = Path(pl_module)
+        has_surface = self._has_surface(path.size, data)  # on every process: it may raise
+        if not trainer.is_global_zero:
+            return
+        self._folder, self.path = pathlib.Path(folder) / "pictures", path if has_surface else None
+        for board in boards(trainer):
             board.add_custom_scalars({"loss": CHARTS})
-        if self._folder is None or data is None:
+        if data is None:
             return
         train = data.tables["train"]
         if train.raw.shape[1:] == (1,) and train.y.ndim == 1 and train.x.is_floating_point():
             self._at = torch.linspace(float(train.x.min()), float(train.x.max()), 101)[:, None]
+
+    def _has_surface(self, size: int, data: TensorDataModule | None) -> bool:
+        """Tell whether the surface is drawn; raise ValueError if it was asked for in vain."""
+        if self.surface == "auto":
+            return data is not None and size <= 2
+        if self.surface and (data is None or size > MOST_NUMBERS):
+            raise ValueError(
+                f"surface=True needs a TensorDataModule and at most {MOST_NUMBERS:,} trained "
+                f"numbers (got {size:,}): set --pictures.surface auto"
+            )
+        return bool(self.surface)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         if self._at is not None and (not self.lines or trainer.global_step.bit_count() == 1):
             self.lines.append((trainer.global_step, _predict(pl_module, self._at)))
+        if self.path is not None:
+            self.path.add(trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Draw a run that diverges; of several processes the others would not wait for it."""
+        if isinstance(exception, DivergenceError) and trainer.world_size == 1 and self._folder:
+            from lightning_gd import figures
+
+            drawn = _of_losses(figures, pl_module)
+            self._save(trainer, self._folder, drawn | self._of_path(trainer, pl_module))
 
     def on_fit_end(self, trainer: Trainer, pl_module: GradientDescentModule) -> None:
         if self._folder is None:
@@ -70,39 +110,78 @@ class Pictures(Callback):
 
         data = tensor_data(trainer)
         tables = {} if data is None else data.tables
-        drawn = _of_model(figures, pl_module)
+        drawn = _of_losses(figures, pl_module) | _of_weight(figures, pl_module)
         if self._at is not None:
             self.lines.append((trainer.global_step, _predict(pl_module, self._at)))
-            x, y = (rows[:MOST_ROWS] for rows in (tables["train"].x[:, 0], tables["train"].y))
-            drawn["fit"] = figures.fitted_lines(x, y, self._at[:, 0], self.lines)
+            drawn["fit"] = figures.fitted_lines(*_points(tables), self._at[:, 0], self.lines)
         if "test" in tables:
             drawn |= _of_digits(figures, pl_module, tables["test"], self.worst)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._save(trainer, self._folder, drawn | self._of_path(trainer, pl_module))
+
+    def _of_path(self, trainer: Trainer, module: GradientDescentModule) -> dict[str, Any]:
+        """Draw the surface, and write the animation."""
+        data, path, folder = tensor_data(trainer), self.path, self._folder
+        if data is None or path is None or folder is None:
+            return {}
+        from lightning_gd import surface_figures
+
+        path.add(trainer.global_step, is_last=True)
+        squares = LeastSquares.of(trainer, module) is not None
+        surface = path.surface(data.tables["train"], quadratic=squares)
+        if surface is None:
+            return {}
+        if self.animation:
+            file, fit = folder / "animation.gif", None
+            if self._at is not None:
+                lines = path.predictions(surface.points, self._at)
+                fit = *_points(data.tables), self._at[:, 0], lines
+            folder.mkdir(parents=True, exist_ok=True)
+            surface_figures.animate(file, surface, path.names, fit)
+            _publish(trainer, file)
+        return {"surface": surface_figures.surface_figure(surface, path.names)}
+
+    def _save(self, trainer: Trainer, folder: pathlib.Path, drawn: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
-            _publish(trainer, name, figure, self._folder / f"{name}.png")
+            figure.savefig(folder / f"{name}.png")
+            _publish(trainer, folder / f"{name}.png")
 
 
-def _publish(trainer: Trainer, name: str, figure: Any, path: Path) -> None:
-    from matplotlib.image import imread
+def _publish(trainer: Trainer, file: pathlib.Path) -> None:
+    """Show a picture in TensorBoard as it is in the file, so that a GIF moves."""
+    from PIL import Image
 
-    figure.savefig(path)
-    for board in boards(trainer):  # reading is faster than drawing once more
-        board.add_image(f"pictures/{name}", imread(path), trainer.global_step, dataformats="HWC")
+    with Image.open(file) as picture:
+        size = {"width": picture.width, "height": picture.height, "colorspace": 4}
+    image = Summary.Image(encoded_image_string=file.read_bytes(), **size)
+    summary = Summary(value=[Summary.Value(tag=f"pictures/{file.stem}", image=image)])
+    for board in boards(trainer):
+        board.file_writer.add_summary(summary, trainer.global_step)
 
 
-def _of_model(figures: Any, module: GradientDescentModule) -> dict[str, Any]:
-    drawn, history = {}, module.curves.history
+def _points(tables: dict[str, Table]) -> tuple[Tensor, Tensor]:
+    """Return the only feature and the target of some training rows, shape [N] each."""
+    train = tables["train"]
+    return train.x[:MOST_ROWS, 0], train.y[:MOST_ROWS]
+
+
+def _of_losses(figures: Any, module: GradientDescentModule) -> dict[str, Any]:
+    history = module.curves.history
     parts = [part for part in ("train", "val", "test") if f"{part}/loss" in history]
-    if parts:
-        measured = {part: history[f"{part}/loss"] for part in parts}
-        found = [history.get(f"predicted/{part}/loss") for part in parts]
-        predicted = [curve for curve in found if curve is not None]
-        _, best = history.get("optimum/train/loss", ([], [None]))
-        drawn["loss"] = figures.loss_curves(measured, predicted, best[0])
+    if not parts:
+        return {}
+    measured = {part: history[f"{part}/loss"] for part in parts}
+    found = [history.get(f"predicted/{part}/loss") for part in parts]
+    predicted = [curve for curve in found if curve is not None]
+    _, best = history.get("optimum/train/loss", ([], [None]))
+    return {"loss": figures.loss_curves(measured, predicted, best[0])}
+
+
+def _of_weight(figures: Any, module: GradientDescentModule) -> dict[str, Any]:
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.numel() == 784:
-        drawn["weights"] = figures.weight_picture(weight.detach().float().cpu().numpy())
-    return drawn
+    if not isinstance(weight, Tensor) or weight.numel() != 784:
+        return {}
+    return {"weights": figures.weight_picture(weight.detach().float().cpu().numpy())}
 
 
 def _of_digits(

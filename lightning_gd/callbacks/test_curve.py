@@ -5,14 +5,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.func import functional_call, vmap
 from torch.optim import Optimizer
 
 from lightning_gd.batch import Batch
 from lightning_gd.data.tables import GlobalBatches
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum
-from lightning_gd.evaluation import evaluating
+from lightning_gd.evaluation import losses_at
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import whole_number
 
@@ -73,28 +72,7 @@ class TestCurve(Callback):
         kept, self._kept = self._kept, []
         losses = next(module.parameters()).new_zeros(len(kept))  # their sum is that of all parts
         if self._fraction:
-            with evaluating(module):
-                losses = self._losses(_Loss(module, batch), kept) * self._fraction
+            stacked = {name: torch.stack([w[name] for _, w in kept]) for name in kept[0][1]}
+            losses = losses_at(module, batch, stacked) * self._fraction
         steps = [step for step, _ in kept]
         module.curves.record_all(steps, {"test/loss": losses}, local=True)
-
-    def _losses(self, loss: "_Loss", kept: list[tuple[int, dict[str, Tensor]]]) -> Tensor:
-        weights = [{f"model.{name}": w for name, w in named.items()} for _, named in kept]
-        if len(weights) > 1:
-            stacked = {name: torch.stack([w[name] for w in weights]) for name in weights[0]}
-            try:
-                return vmap(lambda w: functional_call(loss, w))(stacked)
-            except RuntimeError:  # not every loss can be computed at stacked weights
-                self._most = 1
-        return torch.stack([functional_call(loss, w) for w in weights])
-
-
-class _Loss(torch.nn.Module):
-    """The loss of a model on a batch as a module, for `functional_call`."""
-
-    def __init__(self, model: GradientDescentModule, batch: Batch) -> None:
-        super().__init__()
-        self.model, self.batch = model, batch
-
-    def forward(self) -> Tensor:
-        return self.batch.loss(self.model)
