@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from traceback import print_exception
 
+from lightning_gd import __version__
+
 EXPERIMENTS = Path(__file__).parent / "experiments"
 VERBS = ("fit", "validate", "test", "predict", "check")
 DEFAULT = "parity"
@@ -35,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments in (["-h"], ["--help"]):
             print(_help())
+        elif arguments == ["--version"]:
+            print(f"lightning_gd {__version__}")
         else:
             _run(*resolve(arguments))
         return 0

@@ -42,6 +42,7 @@ CALLBACKS = {  # the key of each on the command line
     "pictures": "Pictures",
     "coefficients": "Coefficients",
     "predictions": "Predictions",
+    "interrupt": "Interrupt",
     "end_table": "EndTable",
     "progress_bar": "UpdateProgressBar",
 }
@@ -174,6 +175,7 @@ class CommandLine(LightningCLI):
             return
         start = {"datamodule": self.datamodule, "ckpt_path": self.config.ckpt_path}
         if self.verb != "fit":
+            self._say_where_weights_are_from()
             getattr(self.trainer, self.verb)(self.model, **start)
             return
         if isinstance(self.trainer.logger, RunLogger):
@@ -185,12 +187,28 @@ class CommandLine(LightningCLI):
             table.deferred = True  # until the progress bar has ended, and the test if there is one
         self.trainer.fit(self.model, **start)
         metrics = {}
-        if self.config.test_after_fit and self._has_test():
+        if self.config.test_after_fit and self._has_test() and not self.interrupted:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             metrics = self.trainer.callback_metrics
         if table is not None:
             table.add(metrics)
             table.show(self.trainer)
+        if self.interrupted and self.trainer.is_global_zero:
+            name = signal.Signals(self.interrupted).name
+            print(
+                f"{name} ended the run after {self.trainer.global_step:,} updates: the same "
+                "command with --ckpt_path last continues it"
+            )
+
+    @property
+    def interrupted(self) -> int:
+        """The number of the signal that ended the fit; 0 for none."""
+        return getattr(self.config_init["interrupt"], "received", 0)
+
+    @rank_zero_only
+    def _say_where_weights_are_from(self) -> None:
+        if not self.checkpoint:
+            print("WARNING: the model is not trained; --ckpt_path last takes that of the last run")
 
     def _check(self) -> None:
         """Print what the gradient check finds on some training rows; raise for a mistake."""
@@ -255,3 +273,5 @@ def run(verb: str, words: list[str]) -> None:
     if world_size() > 1:
         dist.barrier()  # without it a process may abort while another still uses it
         dist.destroy_process_group()
+    if command.interrupted:
+        raise SystemExit(128 + command.interrupted)

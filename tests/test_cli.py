@@ -121,7 +121,7 @@ def test_the_modes_differ_by_one_word(name):
 def test_every_callback_is_on_and_can_be_switched_off(built, three_updates):
     assert run("fit", "--config", "linear")[0] == 0
     on = set(built["callbacks"])
-    assert on >= set(CALLBACKS.values()) and len(CALLBACKS) == 10
+    assert on >= set(CALLBACKS.values()) and len(CALLBACKS) == 11
     Path("off.yaml").write_text("".join(f"{key}: null\n" for key in CALLBACKS))
     for words in (
         [word for key in CALLBACKS for word in (f"--{key}", "null")],

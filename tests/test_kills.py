@@ -1,6 +1,8 @@
 """Runs killed by signal 9 and resumed by the command line end as if nothing had happened."""
 
+import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -141,6 +143,23 @@ def test_killed_at_a_random_moment(forge, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_killed_at_more_random_moments(forge, tmp_path, name):
     survive_two_kills(Case(forge, *CASES[name], tmp_path), seed=name)
+
+
+@pytest.mark.parametrize(
+    "number, world", [(signal.SIGINT, 1), pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow)]
+)
+def test_interrupted_by_a_signal(forge, tmp_path, number, world):
+    """The last process gets it: all finish the step, save, and say how to go on."""
+    case = Case(forge, f"{STEPS} {MOMENTUM} {EVERY} 7", world, tmp_path)
+    run = forge.start(case.command("interrupted"), world)
+    first_checkpoint(run, tmp_path / "interrupted")
+    os.kill(run["pids"][-1], number)
+    statuses, output = forge.wait(run), run["log"].read_text()
+    assert statuses[-1] == 128 + number and set(statuses) <= {128 + number, 128 + signal.SIGTERM}
+    made = read(last(tmp_path / "interrupted"))["global_step"]
+    assert f"ended the run after {made:,} updates: the same command with --ckpt_path last" in output
+    assert made < case.end["global_step"] and "last checkpoint" in output  # of the end table
+    case.check_resumed("interrupted")
 
 
 def test_killed_between_the_last_validation_of_an_epoch_and_its_end(forge, tmp_path):
