@@ -45,8 +45,8 @@ class Update:
         self.trainer, self.module = trainer, module
         self.own = isinstance(module, GradientDescentModule)
         self.explicit = self.own and not module.automatic_optimization
-        number = trainer.optimizers.index(optimizer)
-        self.given = loss[number] if isinstance(loss, list) else loss
+        several = isinstance(loss, list)
+        self.given = loss[trainer.optimizers.index(optimizer)] if several else loss
         self.reference = reference
         self.rows, self.note = [0.0], ""
 

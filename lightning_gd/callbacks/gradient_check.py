@@ -80,6 +80,8 @@ class GradientCheck(Callback):
         self._due: float = math.inf  # the number of the next update to check
         self._before: nn.Module | None = None  # the module before the update
         self._said: set[str] = set()
+        self._sound = False  # differences found the formula right
+        self._share = 1  # of the optimizers that make an update by hand, one step each
 
     def summary(self) -> str:
         """Return one line on the whole fit: how many checks, and what they could not test."""
@@ -111,9 +113,11 @@ class GradientCheck(Callback):
         if trainer.global_step != self._first:  # else they are accumulated over several steps
             self._first, self._steps = trainer.global_step, []
             self._before = None
-            self._look_ahead(trainer, pl_module, trainer.global_step)
-        last = self._number(trainer, pl_module, trainer.global_step + len(batches_of(batch)) - 1)
-        if last >= self._due:
+            automatic = pl_module.automatic_optimization
+            self._share = 1 if automatic else max(1, len(trainer.optimizers))
+            self._look_ahead(trainer, trainer.global_step)
+        last = trainer.global_step + len(batches_of(batch)) - 1
+        if last // self._share >= self._due:
             kept = batches_of(batch if own else converted(batch, None))
             self._steps.append((kept, batch_idx, RandomState.now()))
             if self._before is None and not own:
@@ -124,20 +128,15 @@ class GradientCheck(Callback):
     ) -> None:
         """Check the gradient of this update before the weights change."""
         step = trainer.global_step
-        if self._number(trainer, pl_module, step) == self._due and self._steps:
+        if step // self._share == self._due and self._steps:
             self._check(trainer, pl_module, optimizer)
-        if self._number(trainer, pl_module, step + 1) >= self._due:
-            self._look_ahead(trainer, pl_module, step + 1)
+        if (step + 1) // self._share >= self._due:
+            self._look_ahead(trainer, step + 1)
 
-    def _number(self, trainer: Trainer, module: LightningModule, step: int) -> int:
-        """Return the number of an update; in manual optimization every optimizer makes a part."""
-        parts = 1 if module.automatic_optimization else max(1, len(trainer.optimizers))
-        return step // parts
-
-    def _look_ahead(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def _look_ahead(self, trainer: Trainer, step: int) -> None:
         """Find the next update to check, and keep the random state if it is this one."""
-        now = self._number(trainer, module, step)
-        n, last = self.every_n_updates, self._number(trainer, module, trainer.max_steps - 1)
+        now, last = step // self._share, (trainer.max_steps - 1) // self._share
+        n = self.every_n_updates
         due = [k for k in (*EARLY, -(-now // n) * n, last) if k >= now]
         self._due = min(due, default=math.inf)
         if now == self._due:
@@ -157,7 +156,9 @@ class GradientCheck(Callback):
             report, trusted = self._formula(update, before, parts)
             kept = tuple(p for p in report.parameters if p.name in named or update.own)
             reports = [replace(report, parameters=kept)]
-            if not self._is_wrong(trainer, reports[0]):
+            wrong = self._is_wrong(trainer, reports[0])
+            self._sound = bool(kept) and not wrong
+            if not wrong:
                 delivery = update.delivery(parts, found)
                 reports.append(check_delivered(before, delivery, agree, agree(trusted)))
                 self._is_wrong(trainer, reports[1])
@@ -195,7 +196,8 @@ class GradientCheck(Callback):
         several = trainer.world_size * len(parts) * trainer.accumulate_grad_batches > 1
         if update.own and several and (words := not_a_mean(before, batch)):
             return GradientReport((ParameterReport("loss", diagnosis=words),)), True
-        report = check_formula(before, batch, loss, state or self._state, explicit, self.reference)
+        how, briefly = (state or self._state, explicit, self.reference), explicit and self._sound
+        report = check_formula(before, batch, loss, *how, briefly)
         return report, explicit or not report.functions
 
     def _as_it_was(self, module: Any) -> nn.Module:

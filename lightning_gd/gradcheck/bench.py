@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning_utilities import apply_to_collection
@@ -27,13 +28,14 @@ Weights = dict[str, Tensor]
 Loss = Callable[[Any, Any], Tensor]  # of a model and a batch, shape []
 
 
-class Point(NamedTuple):
+@dataclass
+class Point:
     """What was measured at one set of weights."""
 
     weights: Weights
     loss: float
-    noise: float  # of the loss: what rounding the weights changes
     gradients: dict[str, Weights]  # by kind: those of FORMULA, if there is one, and AUTOGRAD
+    noise: float | None = None  # of the loss: what rounding changes, once that was asked for
 
 
 class Bench:
@@ -71,7 +73,8 @@ class Bench:
         self._loss, self._reference, self._state = loss, reference or loss, state
         self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self.attributes = Attributes(self.model) if fresh else None
-        self._random = torch.Generator().manual_seed(int(state.cpu.long().sum()))
+        self._draws = False  # random numbers, so that every call needs the state
+        self._random = torch.Generator().manual_seed(int(state.torch[0].long().sum()))
         self.model.requires_grad_()
         self.rows = len(next((t for t in tensors(self.batch) if t.ndim), [0]))
         numbers = sum(t.numel() for t in tensors(self.batch)) // max(self.rows, 1)
@@ -83,6 +86,7 @@ class Bench:
 
     def measure(self, weights: Weights, method: str | None = None) -> Point:
         """Return the loss, its gradient by autograd, and that of the formula of a method."""
+        self._state.restore()
         self._place(weights)
         loss = self._watched(self._loss, "loss")
         if loss.numel() != 1:
@@ -94,11 +98,11 @@ class Bench:
         gradients = {AUTOGRAD: dict(zip(self.parameters, found, strict=True))}
         if method:
             gradients[FORMULA] = self.formula(method, weights)
-        value = self.loss(weights)
-        same = not self.attributes or self._reference is not self._loss
-        if not same and not self._repeats(value, loss.item()):
+        own = self._reference is self._loss
+        value = self.loss(weights) if self.attributes or not own else loss.item()
+        if own and not self._repeats(value, loss.item()):
             raise ValueError(f"it is {loss.item():g}, and {value:g} {AGAIN}")
-        return Point(weights, value, self._noise(weights, value), gradients)
+        return Point(weights, value, gradients)
 
     @torch.no_grad()
     def formula(self, method: str, weights: Weights) -> Weights:
@@ -126,13 +130,13 @@ class Bench:
             way: The direction, in which the loss changes by its own size over a length of 1.
             exact: The uncertainty that is small enough.
         """
-        best = (math.nan, math.inf)
+        best, noise = (math.nan, math.inf), self._noise(point)
         for step in self.steps:
             sides = [self._one_sided(point, way, s * step) for s in (-1, 1, -1 / 8, 1 / 8)]
             left, right, near_left, near_right = sides
             slope = (near_left + near_right) / 2
             jump = abs(8 * (near_right - near_left) - (right - left)) / 7
-            doubt = 4 * abs((left + right) / 2 - slope) + jump + 16 * point.noise / step
+            doubt = 4 * abs((left + right) / 2 - slope) + jump + 16 * noise / step
             if doubt < best[1]:
                 best = slope, doubt
             if best[1] <= exact:
@@ -190,12 +194,14 @@ class Bench:
     def _repeats(self, one: float, other: float) -> bool:
         return abs(one - other) <= min(self.rounding, 1e-3) * max(abs(one), abs(other))
 
-    def _noise(self, weights: Weights, loss: float) -> float:
+    def _noise(self, point: Point) -> float:
         """Return 8 times the change of the loss by changes of all numbers in their last digit."""
-        near = {name: shaken(value, self.eps, self._random) for name, value in weights.items()}
-        batch, self.batch = self.batch, shaken(self.batch, self.eps, self._random)
-        change, self.batch = abs(self.loss(near) - loss), batch
-        return 8 * change + 8 * self.eps * abs(loss)
+        if point.noise is None:
+            near = {n: shaken(value, self.eps, self._random) for n, value in point.weights.items()}
+            batch, self.batch = self.batch, shaken(self.batch, self.eps, self._random)
+            change, self.batch = abs(self.loss(near) - point.loss), batch
+            point.noise = 8 * change + 8 * self.eps * abs(point.loss)
+        return point.noise
 
     def _one_sided(self, point: Point, way: Weights, t: float) -> float:
         near = {name: point.weights[name] + t * value for name, value in way.items()}
@@ -209,6 +215,7 @@ class Bench:
         """Call a function, and note what it changes in place."""
         weights = [(n, p, p.detach().clone()) for n, p in self.parameters.items()]
         found = self._call(function, name)
+        self._draws = self._draws or not self._state.is_present()
         changed = {n for n, p, value in weights if not same(p, value)}
         now, before = list(tensors(self._given)), list(tensors(self.batch))
         if len(now) != len(before) or not all(map(same, now, before)):
@@ -220,7 +227,8 @@ class Bench:
 
     def _call(self, function: Loss, name: str) -> Any:
         self.called = name
-        self._state.restore()
+        if self._draws:
+            self._state.restore()
         for buffer, value in self._buffers:
             buffer.detach().copy_(value)
         if self.attributes:
@@ -231,7 +239,10 @@ class Bench:
 
 def same(now: Tensor, before: Tensor) -> bool:
     """Tell whether two tensors hold the same numbers; nan is the same as nan."""
-    return bool(((now == before) | (now != now) & (before != before)).all())
+    if torch.equal(now, before):
+        return True
+    nan = (now != now) & (before != before)
+    return bool(((now == before) | nan).all())
 
 
 def functions_behind(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, set[str]]:
