@@ -73,7 +73,7 @@ class Bench:
         self._loss, self._reference, self._state = loss, reference or loss, state
         self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self.attributes = Attributes(self.model) if fresh else None
-        self._draws = False  # random numbers, so that every call needs the state
+        self.draws = False  # random numbers, so that every call needs the state
         self._random = torch.Generator().manual_seed(int(state.torch[0].long().sum()))
         self.model.requires_grad_()
         self.rows = len(next((t for t in tensors(self.batch) if t.ndim), [0]))
@@ -215,7 +215,7 @@ class Bench:
         """Call a function, and note what it changes in place."""
         weights = [(n, p, p.detach().clone()) for n, p in self.parameters.items()]
         found = self._call(function, name)
-        self._draws = self._draws or not self._state.is_present()
+        self.draws = self.draws or not self._state.is_present()
         changed = {n for n, p, value in weights if not same(p, value)}
         now, before = list(tensors(self._given)), list(tensors(self.batch))
         if len(now) != len(before) or not all(map(same, now, before)):
@@ -227,7 +227,7 @@ class Bench:
 
     def _call(self, function: Loss, name: str) -> Any:
         self.called = name
-        if self._draws:
+        if self.draws:
             self._state.restore()
         for buffer, value in self._buffers:
             buffer.detach().copy_(value)

@@ -180,3 +180,8 @@ def ratio(actual: Tensor, expected: Tensor, noise: float) -> float | None:
 def largest(values: Tensor) -> float:
     """Return the largest absolute value; nan if one is nan."""
     return float(values.detach().abs().max()) if values.numel() else 0.0
+
+
+def first_line(error: Exception) -> str:
+    """Return the type and the first line of an error."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -14,9 +14,10 @@ from lightning_gd.batch import tensors
 from lightning_gd.gradcheck.bench import AUTOGRAD, Bench, same
 from lightning_gd.gradcheck.comparison import Comparison
 from lightning_gd.gradcheck.delivered import compared, explained
-from lightning_gd.gradcheck.diagnosis import alike, largest, unfit
+from lightning_gd.gradcheck.diagnosis import alike, first_line, largest, unfit
 from lightning_gd.gradcheck.report import FunctionReport, GradientReport, ParameterReport
 from lightning_gd.gradcheck.twin import RandomState, converted, isolated, shaken, twin
+from lightning_gd.gradcheck.vmapped import check_vmap, claims_vmap, tuple_of
 
 SHAKES = 16  # of the inputs, so that ties fall either way
 REPEATS = 16  # eps: between two backward passes that add up in another order
@@ -32,7 +33,8 @@ def check_function(
     The gradient of Σ cotangent · output is compared with differences as in `check_gradients`, in
     float64 or the longest dtype that the function computes in: for the inputs, other numbers of
     rows (the first dimension, where no other is as large), repeated rows, non-contiguous inputs and
-    cotangents, and each input alone. Numbers are up to an eighth closer to zero, off kinks.
+    cotangents, and each input alone. Numbers are up to an eighth closer to zero, off kinks. A
+    Function with a rule for `torch.func.vmap` is compared under it with a loop of its own calls.
 
     In float32 and bfloat16 the truth is the float64 gradient of `reference` or the function at the
     same inputs. The bound is 32 (8 in bfloat16) times its change by random changes of the inputs by
@@ -59,6 +61,8 @@ def check_function(
             if found["as given"].parameters:  # otherwise forward refuses this dtype
                 break
         found |= {name: form.report(case, longest, longest) for name, case in _cases(given)}
+        if claims_vmap(function) and found["as given"].parameters:
+            found["vmap"] = check_vmap(function, converted(inputs, longest), slots, form.state)
         truth = torch.float64 if reference else longest
         for dtype in (torch.float32, torch.bfloat16):
             if dtype != longest and (reference or found["as given"].ok):
@@ -145,7 +149,7 @@ class _Form:
         try:
             self.loss(model, converted(case.inputs, dtype))
         except Exception as error:  # whatever a function raises belongs in the report
-            return GradientReport((), f"not supported: {_line(error)}")
+            return GradientReport((), f"not supported: {first_line(error)}")
         for parameter in model.parameters():
             parameter.data = self._shrunk(parameter.data)
         bench = Bench(model, case.inputs, self.loss, self.state, dtype, self.plain)
@@ -156,18 +160,20 @@ class _Form:
             else:
                 report = self._rounded(bench, truth)
         except Exception as error:
-            words = f"raised {_line(error)}"
+            words = f"raised {first_line(error)}"
             found = [ParameterReport(name, diagnosis=words) for name in bench.start]
             report = GradientReport(tuple(found))
         general = self.mistakes.get("") or ", ".join(sorted(bench.changed))
         words = {p.name: p.diagnosis for p in report.parameters}
         words |= dict.fromkeys(bench.start, general) if general else self.mistakes
         found = [replace(p, diagnosis=words[p.name]) for p in report.parameters]
-        return GradientReport(tuple(found))
+        return replace(report, parameters=tuple(found))
 
     def _rounded(self, bench: Bench, truth: torch.dtype) -> GradientReport:
         """Compare a gradient with that in a longer dtype at the same rounded inputs."""
         found, near = bench.measure(bench.start).gradients[AUTOGRAD], []
+        if bench.draws:
+            return GradientReport((), f"not compared: random numbers differ in {truth}")
         exact = Bench(bench.model, bench.batch, self.plain or self.loss, self.state, truth)
         batch = exact.batch
         for eps in (0.0, *[bench.eps] * SHAKES):
@@ -212,7 +218,8 @@ class _Form:
             if not all(map(same, tensors(values), tensors(before[what]))):
                 self.mistakes[""] = f"{what} is changed in place"
         again = tuple_of(backward(*cotangents))
-        negative = tuple_of(backward(*each(cotangents, Tensor, torch.neg)))
+        minus = each(cotangents, Tensor, lambda t: -t if t.is_floating_point() else t)
+        negative = tuple_of(backward(*minus))
         for k, wanted in enumerate(self.given):
             gradient = first[k]
             if gradient is None or not _is_floating(wanted):
@@ -252,12 +259,3 @@ def _strided(values: Tensor) -> Tensor:
 
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def tuple_of(value: Any) -> tuple[Any, ...]:
-    """Return a tuple or list as a tuple, anything else as its only entry."""
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
