@@ -102,9 +102,13 @@ class Comparison:
         return {n: changed or STALE for n in names if changed or not same[n]}
 
     def _compare(self, point: Point, names: list[str]) -> Iterator[ParameterReport]:
-        """Compare slopes along one direction of all parameters, and of each where they differ."""
+        """Compare slopes along one direction of all parameters, and of halves where they differ."""
         slopes, errors, bound = self._slopes(point, names)
         wrong = [kind for kind in self.kinds if not errors[kind] <= bound]  # also nan
+        if wrong and len(names) > 1:
+            for half in _groups(names, 2):
+                yield from self._compare(point, half)
+            return
         for name in names:
             length = self.bench.length(point, name)
             size = float(point.gradients[AUTOGRAD][name].norm())
@@ -112,7 +116,7 @@ class Comparison:
             error = errors[self.kinds[0]] / length
             report = ParameterReport(name, error, size, bound / length, slopes=shown)
             vanishes = size <= self.bench.rounding * abs(point.loss)
-            if len(names) > 1 and (wrong or not report.tested and not vanishes):
+            if len(names) > 1 and not report.tested and not vanishes:
                 yield from self._compare(point, [name])
                 continue
             for kind in wrong:
@@ -129,7 +133,8 @@ class Comparison:
         slopes = {kind: sum(values) for kind, values in parts.items()}
         size = max(sum(map(abs, values)) for values in parts.values())
         cancelled = CANCELLED * bench.eps * max(abs(point.loss) for point in self.points)
-        for exact in (ROUGH * size, 0.0):  # more lengths are tried before it is called wrong
+        # More lengths are tried before a single one is called wrong.
+        for exact in (ROUGH * size, 0.0)[: 3 - min(len(names), 2)]:
             slopes["differences"], doubt = bench.slope(point, way, exact)
             errors = {kind: abs(slopes[kind] - slopes["differences"]) for kind in self.kinds}
             bound = doubt + bench.rounding * max(size, abs(point.loss)) + cancelled
@@ -204,7 +209,5 @@ def _clarity(report: ParameterReport) -> float:
 
 
 def _groups(names: Sequence[str], count: int) -> list[list[str]]:
-    if len(names) <= FEW and count > 1:
-        return [[name] for name in names]
-    size = max(1, -(-len(names) // count))
+    size = 1 if len(names) <= FEW and count > 1 else max(1, -(-len(names) // count))
     return [list(names[i : i + size]) for i in range(0, len(names), size)]
