@@ -24,7 +24,7 @@ from lightning_gd.gradcheck.report import GradientReport, ParameterReport
 FEW, GROUPS = 8, 2  # more parameters than so many are asked together, in so many groups
 ROUGH = 1e-4  # of the slope: an uncertainty of this size is no reason for further calls
 CANCELLED = 64  # eps of the larger loss: what is left of it in one that almost vanishes
-MOST_NAMED = 4  # wrong parameters that are looked at further
+MOST_NAMED = 8  # wrong parameters that are looked at further
 NEAR = 1e-3  # of factors that are found by differences
 
 
