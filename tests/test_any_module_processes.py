@@ -109,7 +109,7 @@ def ends(tmp_path_factory):
     def run(large):
         folder = tmp_path_factory.mktemp("any")
         names = [name for name in CASES if (name.split()[-1] in LARGE) == large]
-        launch(2, [__file__, str(folder), *names])
+        launch(2, [__file__, str(folder), *names], timeout=600)
         return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
     return lambda name: [end[name] for end in run(name.split()[-1] in LARGE)]

@@ -2,21 +2,19 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_gd.batch import Updates, batches_of
-from lightning_gd.checked_update import Update, draw, not_a_mean, own_loss
-from lightning_gd.distributed import reduce_sum, world_size
+from lightning_gd.checked_update import Update, agree, draw, muted, not_a_mean, own_loss
+from lightning_gd.distributed import world_size
 from lightning_gd.gradcheck.check import check_formula
 from lightning_gd.gradcheck.delivered import Part, check_delivered
 from lightning_gd.gradcheck.report import GradientError, GradientReport, ParameterReport
@@ -34,7 +32,8 @@ class GradientCheck(Callback):
     These are the updates 0, 1, 10, 100, every `every_n_updates`, and the last one of `max_steps`.
     The gradient is that of the formula in explicit mode, on a few random rows. Of any other
     LightningModule it is that of autograd through its `training_step`, with every hand-written
-    `backward` in it. It is compared with differences of the loss. Then `p.grad`, before it is
+    `backward` in it. It is compared with differences of the loss; a formula that they found right,
+    and that equals autograd through plain operations, is at later updates not. Then `p.grad`, before it is
     clipped, is compared with the gradient on the batches of the update on all processes, which
     shows a missing reduction. See `check_gradients` and `check_delivered` for the bounds. A
     callback that changes `p.grad` must come before this one.
@@ -150,8 +149,8 @@ class GradientCheck(Callback):
             self._due += 1  # the scaler skips this update
             return
         update = Update(trainer, module, self.loss, self.reference, optimizer)
-        agree = partial(_agree, device=module.device)
-        with _muted(trainer):
+        agreed = partial(agree, device=module.device)
+        with muted(trainer):
             before, parts = self._as_it_was(module), self._parts(update)
             report, trusted = self._formula(update, before, parts)
             kept = tuple(p for p in report.parameters if p.name in named or update.own)
@@ -160,7 +159,7 @@ class GradientCheck(Callback):
             self._sound = bool(kept) and not wrong
             if not wrong:
                 delivery = update.delivery(parts, found)
-                reports.append(check_delivered(before, delivery, agree, agree(trusted)))
+                reports.append(check_delivered(before, delivery, agreed, agreed(trusted)))
                 self._is_wrong(trainer, reports[1])
         for text in (*(report.note for report in reports), update.note):
             self._say(text)
@@ -211,7 +210,7 @@ class GradientCheck(Callback):
 
     def _is_wrong(self, trainer: Trainer, report: GradientReport) -> bool:
         # All processes stop together, or one would wait for the others for ever.
-        if _agree(report.ok, trainer.strategy.root_device):
+        if agree(report.ok, trainer.strategy.root_device):
             return False
         text = "found on another process" if report.ok else "\n".join(report.lines())
         message = f"gradient check at update {trainer.global_step}:\n{text}"
@@ -239,19 +238,3 @@ class GradientCheck(Callback):
         if text and text.partition(":")[0] not in self._said:
             self._said.add(text.partition(":")[0])
             warnings.warn(f"GradientCheck: {text}", stacklevel=2)
-
-
-def _agree(holds: bool, device: torch.device) -> bool:
-    """Tell whether something holds on every process."""
-    return not reduce_sum(torch.tensor(float(not holds), device=device))
-
-
-@contextmanager
-def _muted(trainer: Trainer) -> Iterator[None]:
-    """Give the module no logger inside a `with` block."""
-    loggers, silent = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
-    trainer.loggers = silent  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers

@@ -1,17 +1,18 @@
 """Checks a hand-written backward pass of a Function, or of a pair of functions, in many cases."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from lightning_utilities import apply_to_collection as each
-from torch import Tensor, clone, nn
+from torch import Tensor, clone
 from torch.autograd import Function
 
 from lightning_gd.batch import tensors
 from lightning_gd.gradcheck.bench import AUTOGRAD, Bench, same
+from lightning_gd.gradcheck.cases import Call, Case, cases_of
 from lightning_gd.gradcheck.comparison import Comparison
 from lightning_gd.gradcheck.delivered import compared, explained
 from lightning_gd.gradcheck.diagnosis import alike, first_line, largest, unfit
@@ -21,8 +22,6 @@ from lightning_gd.gradcheck.vmapped import check_vmap, claims_vmap, tuple_of
 
 SHAKES = 16  # of the inputs, so that ties fall either way
 REPEATS = 16  # eps: between two backward passes that add up in another order
-
-Call = Callable[..., Any]
 
 
 def check_function(
@@ -54,13 +53,13 @@ def check_function(
     if not slots:
         raise ValueError("no input is a tensor of floating-point numbers")
     with isolated(torch.get_default_dtype()):
-        form, given = _Form(function, reference, seed), _Case(inputs, slots)
+        form, given = _Form(function, reference, seed), Case(inputs, slots)
         found: dict[str, GradientReport] = {}
         for longest in (torch.float64, torch.float32, inputs[slots[0]].dtype):
             found["as given"] = form.report(given, longest, longest)
             if found["as given"].parameters:  # otherwise forward refuses this dtype
                 break
-        found |= {name: form.report(case, longest, longest) for name, case in _cases(given)}
+        found |= {name: form.report(case, longest, longest) for name, case in cases_of(given)}
         if claims_vmap(function) and found["as given"].parameters:
             found["vmap"] = check_vmap(function, converted(inputs, longest), slots, form.state)
         truth = torch.float64 if reference else longest
@@ -68,46 +67,6 @@ def check_function(
             if dtype != longest and (reference or found["as given"].ok):
                 found[str(dtype).removeprefix("torch.")] = form.report(given, dtype, truth)
     return FunctionReport(found, "" if longest == torch.float64 else f"checked in {longest}")
-
-
-class _Case(nn.Module):
-    """A way to call a function: `arrange` makes its arguments, `store` what backward gets."""
-
-    def __init__(self, inputs: Any, slots: Any, arrange: Call = tuple, store: Call = clone) -> None:
-        super().__init__()
-        self.inputs, self.slots, self.arrange, self.store = inputs, slots, arrange, store
-        for slot in slots:
-            self.register_parameter(f"input {slot}", nn.Parameter(inputs[slot].detach().clone()))
-
-    def arguments(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """Return the arguments of the function, with the parameters among them."""
-        replaced = dict(zip(self.slots, self.parameters(), strict=True))
-        return self.arrange([replaced.get(i, value) for i, value in enumerate(inputs)])
-
-
-def _cases(given: _Case) -> Iterator[tuple[str, _Case]]:
-    inputs, slots = given.inputs, given.slots
-    shapes = {i: value.shape for i, value in enumerate(inputs) if isinstance(value, Tensor)}
-    rows = next(iter(shapes[slots[0]]), 0)
-    places = [i for i, shape in shapes.items() if shape[:1] == (rows,)]
-
-    def changed(change: Call, values: Sequence[Any]) -> Sequence[Any]:
-        return [change(value) if i in places else value for i, value in enumerate(values)]
-
-    def taken(count: int) -> Sequence[Any]:
-        return changed(lambda t: t[torch.arange(count, device=t.device) % rows], inputs)
-
-    if rows and not any(rows in shape[1:] for shape in shapes.values()):
-        odd = 5 if rows == 7 else 7
-        yield "1 row", _Case(taken(1), slots)
-        yield f"{odd} rows", _Case(taken(odd), slots)
-        twice = partial(changed, lambda t: torch.cat([t, t]))
-        yield "repeated rows", _Case(taken(-(-rows // 2)), slots, twice)
-    yield "non-contiguous inputs", _Case(inputs, slots, lambda a: each(a, Tensor, _strided))
-    yield "non-contiguous cotangent", _Case(inputs, slots, store=_strided)
-    yield "expanded cotangent", _Case(inputs, slots, store=lambda c: c.mean().expand_as(c))
-    for slot in slots if len(slots) > 1 else ():
-        yield f"input {slot} alone", _Case(inputs, [slot])
 
 
 class _Form:
@@ -143,7 +102,7 @@ class _Form:
             self.numbers += output.numel()
         return total
 
-    def report(self, case: _Case, dtype: torch.dtype, truth: torch.dtype) -> GradientReport:
+    def report(self, case: Case, dtype: torch.dtype, truth: torch.dtype) -> GradientReport:
         """Compare a gradient with that in a longer dtype; with differences in the same."""
         model, self.mistakes = twin(case, dtype), {}
         try:
@@ -249,12 +208,6 @@ def pair_of(forward: Call, backward: Call) -> type[Function]:
             return tuple(next(found) if _is_floating(value) else None for value in ctx.inputs)
 
     return Pair
-
-
-def _strided(values: Tensor) -> Tensor:
-    """Return the same values with transposed storage, or with gaps where that is contiguous."""
-    turned = values.mT.contiguous().mT if values.ndim > 1 else values
-    return turned if not turned.is_contiguous() else torch.stack([values, values], -1)[..., 0]
 
 
 def _is_floating(value: Any) -> bool:
