@@ -32,11 +32,11 @@ class GradientCheck(Callback):
     These are the updates 0, 1, 10, 100, every `every_n_updates`, and the last one of `max_steps`.
     The gradient is that of the formula in explicit mode, on a few random rows. Of any other
     LightningModule it is that of autograd through its `training_step`, with every hand-written
-    `backward` in it. It is compared with differences of the loss; a formula that they found right,
-    and that equals autograd through plain operations, is at later updates not. Then `p.grad`, before it is
-    clipped, is compared with the gradient on the batches of the update on all processes, which
-    shows a missing reduction. See `check_gradients` and `check_delivered` for the bounds. A
-    callback that changes `p.grad` must come before this one.
+    `backward` in it. It is compared with differences of the loss; a formula that they found right
+    is later compared with autograd alone, where that has plain operations and agrees. Then
+    `p.grad`, before it is clipped, is compared with the gradient on the batches of the update on
+    all processes, which shows a missing reduction. See `check_gradients` and `check_delivered` for
+    the bounds. A callback that changes `p.grad` must come before this one.
 
     The largest relative error is logged as `gradcheck/<parameter>`; nothing else in the run
     changes. `checks` counts the checks of this fit, `tested` those that found the gradient of
