@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning_utilities import apply_to_collection
 from torch import Tensor
 
 BASIS = ("forward", "loss", "gradients")  # the methods that shortcuts of a model rest on
@@ -139,6 +140,21 @@ def tensors(content: Any) -> Iterator[Tensor]:
     elif isinstance(content, (tuple, list, Mapping)):
         for part in content.values() if isinstance(content, Mapping) else content:
             yield from tensors(part)
+
+
+def count_rows(content: Any) -> int:
+    """Return the length of the first tensor of a batch that has one; 0 without any."""
+    return next((len(values) for values in tensors(content) if values.ndim), 0)
+
+
+def take_rows(content: Any, rows: Tensor | slice) -> Any:
+    """Return some rows of every tensor that has as many as the first."""
+    count = count_rows(content)
+
+    def taken(values: Tensor) -> Tensor:
+        return values[rows] if values.shape[:1] == (count,) else values
+
+    return apply_to_collection(content, Tensor, taken)
 
 
 @cache

@@ -1,7 +1,7 @@
 """What one update of any LightningModule consists of, for its check."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
-from lightning_utilities import apply_to_collection
+from lightning.pytorch.loggers.logger import DummyLogger
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gd.batch import DataBatch, call, is_current, tensors
+from lightning_gd.batch import DataBatch, call, count_rows, is_current, take_rows
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum
 from lightning_gd.gradcheck.bench import Loss, Weights
@@ -45,8 +45,8 @@ class Update:
         self.trainer, self.module = trainer, module
         self.own = isinstance(module, GradientDescentModule)
         self.explicit = self.own and not module.automatic_optimization
-        number = trainer.optimizers.index(optimizer)
-        self.given = loss[number] if isinstance(loss, list) else loss
+        several = isinstance(loss, list)
+        self.given = loss[trainer.optimizers.index(optimizer)] if several else loss
         self.reference = reference
         self.rows, self.note = [0.0], ""
 
@@ -95,7 +95,7 @@ class Update:
         batches = len(parts) if self.explicit else self.trainer.accumulate_grad_batches
         known = {"processes": self.trainer.world_size, "accumulated batches": batches}
         context = nullcontext if self.explicit else self.trainer.precision_plugin.forward_context
-        self.rows = [float(rows_of(part)) for part in parts]
+        self.rows = [float(count_rows(part.batch)) for part in parts]
         sizes = [gradient.numel() for gradient in gradients.values()]
 
         def mean(sums: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Update:
             means = sums[:, :-1] / sums[:, -1:]
             return means.sum(0) / self.trainer.accumulate_grad_batches
         total = reduce_sum(sums.sum(0))
-        flat = total[:-1] / total[-1]  # p.grad is already clipped
+        flat = total[:-1] / (total[-1] or 1.0)  # p.grad is already clipped; zero without rows
         self.module.clip([SimpleNamespace(grad=piece) for piece in flat.split(sizes)])
         return flat
 
@@ -135,26 +135,10 @@ def own_loss(model: Any, batch: Any) -> Tensor:
     return call(model.loss, batch)
 
 
-def rows_of(part: Part) -> int:
-    """Return the length of the first tensor of a batch that has one."""
-    return len(next((t for t in tensors(part.batch) if t.ndim), ()))
-
-
 def draw(content: Any, rows: int, seed: int) -> Any:
     """Return at most so many rows of a batch of any structure, drawn at random."""
-    count = len(next(tensors(content)))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return pick(content, order[:rows])
-
-
-def pick(content: Any, rows: Tensor) -> Any:
-    """Return some rows of every tensor that has as many as the first."""
-    count = len(next(tensors(content)))
-
-    def picked(values: Tensor) -> Tensor:
-        return values[rows.to(values.device)] if values.shape[:1] == (count,) else values
-
-    return apply_to_collection(content, Tensor, picked)
+    order = torch.randperm(count_rows(content), generator=torch.Generator().manual_seed(seed))
+    return take_rows(content, order[:rows])
 
 
 def not_a_mean(model: nn.Module, batch: Any) -> str:
@@ -164,10 +148,11 @@ def not_a_mean(model: nn.Module, batch: Any) -> str:
     parts without weight, whose mean is undefined.
     """
     copied, content = twin(model).eval(), converted(batch, None)
-    order = torch.arange(len(next(tensors(content))))
-    if len(order) < 3:
+    rows = count_rows(content)
+    if rows < 3:
         return ""
-    parts = [content, *(pick(content, half) for half in order.split(len(order) - len(order) // 3))]
+    cut = rows - rows // 3
+    parts = [content, *(take_rows(content, part) for part in (slice(cut), slice(cut, None)))]
     with isolated(torch.get_default_dtype()), torch.no_grad():
         before = torch_states()
         losses = [float(own_loss(copied, part)) for part in parts]
@@ -179,10 +164,26 @@ def not_a_mean(model: nn.Module, batch: Any) -> str:
     if abs(mean - losses[0]) <= NOT_ROUNDING * max(map(abs, losses)):
         return ""
     return (
-        f"the loss of {len(order)} rows is {losses[0]:.6g}, and the mean of those of its parts, "
+        f"the loss of {rows} rows is {losses[0]:.6g}, and the mean of those of its parts, "
         f"weighted by rows(batch), is {mean:.6g}: on several processes or with accumulated "
         "batches the gradient is another; let rows(batch) return what the loss divides by"
     )
+
+
+def agree(holds: bool, device: torch.device) -> bool:
+    """Tell whether something holds on every process."""
+    return not reduce_sum(torch.tensor(float(not holds), device=device))
+
+
+@contextmanager
+def muted(trainer: Trainer) -> Iterator[None]:
+    """Give the module no logger inside a `with` block."""
+    loggers, silent = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
+    trainer.loggers = silent  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 def print_report(report: GradientReport, title: str) -> None:

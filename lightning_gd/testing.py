@@ -11,11 +11,10 @@ import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning_utilities import apply_to_collection
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_gd.batch import tensors
+from lightning_gd.batch import count_rows, take_rows, tensors
 from lightning_gd.callbacks.gradient_check import GradientCheck
 from lightning_gd.gradcheck import GradientError
 from lightning_gd.gradcheck.twin import converted
@@ -51,7 +50,8 @@ class GradientTests:
     def test_the_gradient_is_right(self) -> None:
         """Check the gradient on the whole batch, and on its first rows where it can be cut."""
         batch = self.batch()
-        for part in [batch, *(cut(batch, 0, n) for n in self.rows if n <= count_rows(batch))]:
+        sizes = [n for n in self.rows if n <= shared_rows(batch)]
+        for part in [batch, *(take_rows(batch, slice(n)) for n in sizes)]:
             assert self._checked(self._new(), part).checks, "nothing was checked"
 
     def test_each_mistake_is_noticed(self) -> None:
@@ -64,11 +64,11 @@ class GradientTests:
     def test_two_processes_make_the_updates_of_one(self) -> None:
         """Train on two processes, each with half of the rows, and compare the weights."""
         batch = self.batch()
-        if not (half := count_rows(batch) // 2):
+        if not (half := shared_rows(batch) // 2):
             raise SkipTest("the batch cannot be cut")
         one, two = self._new(), self._new()
         strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
-        self._fit(one, cut(batch, 0, 2 * half))
+        self._fit(one, take_rows(batch, slice(2 * half)))
         self._fit(two, batch, strategy=strategy, devices=2)
         assert_same(
             "a run of two processes ends", two.state_dict(), one.state_dict(), self.tolerance
@@ -130,18 +130,12 @@ class OneBatch:
         if not group.is_initialized():
             return iter([self.batch])
         rank, size = group.get_rank(), count_rows(self.batch) // group.get_world_size()
-        return iter([cut(self.batch, rank * size, (rank + 1) * size)])
+        return iter([take_rows(self.batch, slice(rank * size, (rank + 1) * size))])
 
 
-def count_rows(batch: Any) -> int:
+def shared_rows(batch: Any) -> int:
     """Return the number of rows that all tensors of a batch have; 0 if they differ."""
-    counts = {len(t) if t.ndim else 0 for t in tensors(batch)}
-    return counts.pop() if len(counts) == 1 else 0
-
-
-def cut(batch: Any, start: int, stop: int) -> Any:
-    """Return some of the rows of a batch."""
-    return apply_to_collection(batch, Tensor, lambda values: values[start:stop])
+    return count_rows(batch) if len({t.shape[:1] for t in tensors(batch)}) == 1 else 0
 
 
 def doubled(module: Any, name: str) -> Any:

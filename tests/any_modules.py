@@ -220,55 +220,66 @@ class Lines(LightningLSTM):
         """Load nothing."""
 
 
-def images(rows=4):
-    return torch.randn(rows, 3, 32, 32), torch.randint(10, (rows,))
+def images(n=4):
+    return torch.randn(n, 3, 32, 32), torch.randint(10, (n,))
 
 
-def tokens(*shape):
-    return torch.randint(11, (4, 5)), torch.randint(11, shape or (20,))
+def tokens(n=4):
+    return torch.randint(11, (n, 5)), torch.randint(11, (5 * n,))
 
 
-def rows(columns=6):
-    return torch.randn(8, columns), torch.randint(3, (8,))
+def rows(n=8):
+    return torch.randn(n, 6), torch.randint(3, (n,))
 
 
-def tasks():
-    return {"x": rows(4)[0], "size": torch.randn(8), "kind": torch.randint(3, (8,))}
+def numbers(n=4):
+    return torch.randn(n, 32)
 
 
-def noise():
-    return {"z": torch.randn(6, 2), "x": torch.randn(6, 3)}
+def tasks(n=8):
+    return {"x": torch.randn(n, 4), "size": torch.randn(n), "kind": torch.randint(3, (n,))}
 
 
-MODULES = {  # the module, its batches, and the layer that is spoilt
-    "resnet18": (lambda: Plain(torchvision.models.resnet18()), images, "net.bn1"),
-    "mobilenet": (
-        lambda: Plain(torchvision.models.mobilenet_v3_small()),
-        images,
-        "net.features.0",
-    ),
-    "squeezenet": (lambda: Plain(torchvision.models.squeezenet1_1()), images, "net.features.0"),
+def sequences(n=4):
+    return torch.randn(n, 5, 3), torch.randint(3, (n,))
+
+
+def packed(n=4):
+    return torch.randn(n, 5, 3), torch.tensor([5, 2, 1, 4])[:n], torch.randint(2, (n,))
+
+
+def noise(n=6):
+    return {"z": torch.randn(n, 2), "x": torch.randn(n, 3)}
+
+
+VISION = torchvision.models
+MODULES = {  # the module, its batches of so many rows, and the layer that is spoilt
+    "resnet18": (lambda: Plain(VISION.resnet18()), images, "net.bn1"),
+    "mobilenet": (lambda: Plain(VISION.mobilenet_v3_small()), images, "net.features.0"),
+    "squeezenet": (lambda: Plain(VISION.squeezenet1_1()), images, "net.features.0"),
     "transformer": (lambda: Plain(Tokens()), tokens, "net.net.encoder"),
-    "lstm": (lambda: Plain(Sequences()), lambda: (torch.randn(4, 5, 3), rows()[1][:4]), "net.lstm"),
-    "BoringModel": (BoringModel, lambda: torch.randn(4, 32), "layer"),
-    "DemoModel": (DemoModel, lambda: torch.randn(4, 32), "l1"),
-    "LightningTransformer": (Text, lambda: tokens(4, 5), "model.transformer.decoder"),
+    "lstm": (lambda: Plain(Sequences()), sequences, "net.lstm"),
+    "BoringModel": (BoringModel, numbers, "layer"),
+    "DemoModel": (DemoModel, numbers, "l1"),
+    "LightningTransformer": (
+        Text,
+        lambda n=4: (tokens(n)[0], tokens(n)[0]),
+        "model.transformer.decoder",
+    ),
     "LightningLSTM": (Lines, tokens, "model.rnn"),
     "metrics": (Metrics, rows, "net.1"),
-    "VAE": (VAE, lambda: torch.randn(8, 6), "net"),
-    "tied": (lambda: Plain(Tied(), F.mse_loss), lambda: (rows()[0],) * 2, "net.encoder"),
-    "packed": (
-        lambda: Plain(Packed()),
-        lambda: (torch.randn(4, 5, 3), torch.tensor([5, 2, 1, 4]), torch.randint(2, (4,))),
-        "net.out",
-    ),
+    "VAE": (VAE, lambda n=8: rows(n)[0], "net"),
+    "tied": (lambda: Plain(Tied(), F.mse_loss), lambda n=8: (rows(n)[0],) * 2, "net.encoder"),
+    "packed": (lambda: Plain(Packed()), packed, "net.out"),
     "tasks": (Tasks, tasks, "net"),
     "bag": (
         lambda: Plain(nn.Sequential(nn.EmbeddingBag(11, 4), nn.Linear(4, 3))),
-        lambda: (torch.randint(11, (6, 3)), torch.randint(3, (6,))),
+        lambda n=6: (torch.randint(11, (n, 3)), torch.randint(3, (n,))),
         "net.0",
     ),
+    "GAN": (GAN, noise, "maker.0"),
 }
+LOSSES = {"GAN": ["maker_loss", "judge_loss"]}  # of those that optimize by hand
 
 
 class Single(Function):

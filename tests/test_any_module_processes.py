@@ -1,25 +1,28 @@
 """Modules of other people on two processes whose batches differ in rows.
 
-`torchrun --nproc-per-node 2 tests/test_any_module_processes.py FOLDER` writes what each process
-was told to `FOLDER/RANK.pt`.
+`torchrun --nproc-per-node 2 tests/test_any_module_processes.py FOLDER CASE...` writes what each
+process was told to `FOLDER/RANK.pt`.
 """
 
 import logging
 import os
 import sys
 import warnings
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
-from any_modules import Batches, Plain, spoil
-from lightning.pytorch import Callback, Trainer
+from any_modules import LOSSES, MODULES, Batches, Plain, rows, spoil
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
+from test_any_model import quiet
 from test_distributed import launch
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_gd import GradientCheck, GradientError
+from lightning_gd.gradcheck.twin import converted
 
 
 class Unreduced(Callback):
@@ -36,11 +39,6 @@ class Deaf(Callback):
         trainer.model.register_comm_hook(None, keep)
 
 
-def classifier():
-    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 3)]
-    return Plain(nn.Sequential(*layers))
-
-
 def linear():
     return Plain(nn.Linear(6, 1), lambda found, y: F.mse_loss(found[:, 0], y.double()))
 
@@ -52,28 +50,22 @@ def keep(_, bucket):
     return done
 
 
-def told(make, wrong="", rows=(5, 3), callbacks=()):
+def told(make, batch=rows, layer="", counts=(5, 3), callbacks=(), **settings):
     """Train; the error and the warnings on this process, and how many checks were made."""
     torch.manual_seed(0)
-    module = make()
-    if wrong:
-        spoil(module, wrong)
+    module, check, error = make(), GradientCheck(loss=settings.pop("loss", None)), ""
+    if layer:
+        spoil(module, layer)
     rank = int(os.environ["RANK"])
     torch.manual_seed(10 + rank)
-    count = rows[rank]
-    batches = [(torch.randn(count, 6).double(), torch.randint(3, (count,))) for _ in range(3)]
-    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    check, error = GradientCheck(), ""
-    trainer = Trainer(
-        accelerator="cpu",
+    batches = [converted(batch(counts[rank]), torch.float64) for _ in range(3)]
+    unused = settings.pop("find_unused_parameters", False)
+    trainer = quiet(
         devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo"),
-        precision="64-true",
-        max_steps=4,
-        max_epochs=-1,
+        strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=unused),
         callbacks=[check, *callbacks],
         use_distributed_sampler=False,
-        **dict.fromkeys(off, False),
+        **{"max_steps": 4, **settings},
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -85,37 +77,63 @@ def told(make, wrong="", rows=(5, 3), callbacks=()):
     return {"error": error, "said": said, "checks": check.checks, "steps": trainer.global_step}
 
 
-CASES = {
-    "classifier": lambda: told(classifier),
-    "linear": lambda: told(linear),
-    "even": lambda: told(linear, rows=(4, 4)),
-    "wrong classifier": lambda: told(classifier, "net.1"),
-    "wrong linear": lambda: told(linear, "net"),
-    "hook": lambda: told(linear, callbacks=[Deaf()]),
-    "no_sync": lambda: told(classifier, callbacks=[Unreduced()]),
+SETTINGS = {  # an update of the GAN has two steps, each of which leaves a network out
+    "GAN": {"loss": LOSSES["GAN"], "find_unused_parameters": True, "max_steps": 8},
+    "tasks": {"find_unused_parameters": True},
+    "resnet18": {"max_steps": 1},
+    "mobilenet": {"max_steps": 1},
 }
+LARGE = ("resnet18", "mobilenet", "transformer", "LightningTransformer")
+FOREIGN = [name for name in MODULES if name != "squeezenet"]
+CASES = {
+    "linear": partial(told, linear),
+    "even": partial(told, linear, counts=(4, 4)),
+    "hook": partial(told, linear, callbacks=[Deaf()]),
+    "no_sync": partial(told, MODULES["metrics"][0], callbacks=[Unreduced()]),
+}
+for name in FOREIGN:
+    make, batch, layer = MODULES[name]
+    case = partial(told, make, batch, counts=(4, 3), **SETTINGS.get(name, {}))
+    CASES |= {name: case, f"wrong {name}": partial(case, layer=layer)}
+
+foreign = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in FOREIGN]
+)
 
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
-    """What each case told each process."""
-    folder = tmp_path_factory.mktemp("any")
-    launch(2, [__file__, str(folder)])
-    return {name: [torch.load(folder / f"{rank}.pt")[name] for rank in (0, 1)] for name in CASES}
+    """What a case told each process; one pair of processes runs all quick ones, one the others."""
+
+    @cache
+    def run(large):
+        folder = tmp_path_factory.mktemp("any")
+        names = [name for name in CASES if (name.split()[-1] in LARGE) == large]
+        launch(2, [__file__, str(folder), *names], timeout=600)
+        return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+    return lambda name: [end[name] for end in run(name.split()[-1] in LARGE)]
 
 
-@pytest.mark.parametrize("name", ["classifier", "linear", "even"])
+@foreign
 def test_right_modules_pass(ends, name):
-    for end in ends[name]:
-        assert (end["error"], end["checks"], end["steps"]) == ("", 3, 4)
+    one, other = ends(name)
+    steps = SETTINGS.get(name, {}).get("max_steps", 4)
+    checks = {1: 1, 4: 3, 8: 6}[steps]  # at the first, the second and the last update
+    for end in (one, other):
+        assert (end["error"], end["checks"], end["steps"]) == ("", checks, steps)
+    assert one["said"] == other["said"]  # the batches differ in rows
+    assert "the 2 processes differ in rows: at update 0" in "".join(one["said"])
 
 
-@pytest.mark.parametrize("name", ["classifier", "linear"])
-def test_uneven_rows_are_told_once_with_the_bias(ends, name):
-    (one,), (other,) = (end["said"] for end in ends[name])
-    assert one == other and "the 2 processes differ in rows: at update 0" in one
-    assert 0.001 < float(one.split("differs by ")[1].split(" ")[0]) < 1
-    assert [end["said"] for end in ends["even"]] == [[], []]
+@foreign
+def test_a_wrong_layer_stops_both_processes(ends, name):
+    for end in ends(f"wrong {name}"):
+        assert "it passes through Doubled" in end["error"] and end["steps"] == 0
+
+
+def test_even_rows_have_no_bias(ends):
+    assert [(end["error"], end["said"], end["checks"]) for end in ends("even")] == [("", [], 3)] * 2
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
@@ -124,32 +142,26 @@ def test_the_bias_is_that_of_the_definition(ends):
     module, gradients = linear().double(), []
     for rank, count in enumerate((5, 3)):
         torch.manual_seed(10 + rank)
-        batch = torch.randn(count, 6).double(), torch.randint(3, (count,))
-        loss = module.training_step(batch, 0)
+        loss = module.training_step(converted(rows(count), torch.float64), 0)
         found = torch.autograd.grad(loss, list(module.parameters()))
         gradients.append(torch.cat([g.flatten() for g in found]))
-    rows = (5 * gradients[0] + 3 * gradients[1]) / 8
-    bias = (rows - (gradients[0] + gradients[1]) / 2).norm() / rows.norm()
-    assert f"differs by {bias:.2g} of its size" in ends["linear"][0]["said"][0]
-
-
-@pytest.mark.parametrize("name", ["wrong classifier", "wrong linear"])
-def test_a_mistake_stops_both_processes(ends, name):
-    last = [end["error"].splitlines()[-1] for end in ends[name]]
-    assert last[0] == last[1] and "2 times the gradient of loss" in last[0]
-    assert [end["steps"] for end in ends[name]] == [0, 0]
+    by_rows = (5 * gradients[0] + 3 * gradients[1]) / 8
+    bias = (by_rows - (gradients[0] + gradients[1]) / 2).norm() / by_rows.norm()
+    (one,), (other,) = (end["said"] for end in ends("linear"))
+    assert one == other and f"differs by {bias:.2g} of its size" in one
+    assert 0.001 < bias < 1
 
 
 @pytest.mark.parametrize("name", ["hook", "no_sync"])
 def test_a_missing_reduction_is_found(ends, name):
-    for end in ends[name]:
+    for end in ends(name):
         assert "the reduction is missing" in end["error"] and end["steps"] == 0
 
 
 if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    found = {name: case() for name, case in CASES.items()}
+    found = {name: CASES[name]() for name in sys.argv[2:]}
     torch.save(found, f"{sys.argv[1]}/{os.environ['RANK']}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import counted
+from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
@@ -293,6 +294,76 @@ def test_the_table_is_aligned_and_says_each_mistake_once():
     place = table[0].index("verdict")
     assert {line[place:] for line in table[1:]} == {"ok", "WRONG"}
     assert last.startswith("input 1: 2 times the gradient of loss, a factor 2 too much")
+
+
+class Product(Function):
+    """x³ w, and where x > 0, with random signs that differ from call to call."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w):
+        sign = torch.rand_like(x).sub(0.5).sign()
+        return sign * x**3 * w, x > 0, sign
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[2])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        x, w, sign = ctx.saved_tensors
+        return 3 * sign * g * x**2 * w, sign * g * x**3
+
+
+def ruled(spoil=lambda found: found, move=Tensor.movedim):
+    """The same by a rule of its own."""
+
+    def vmap(info, dims, *inputs):
+        first = [
+            v.expand(info.batch_size, *v.shape) if d is None else move(v, d, 0)
+            for v, d in zip(inputs, dims, strict=True)
+        ]
+        found = Plain.apply(*first)
+        return (spoil(found[0]), *found[1:]), (0, 0, 0)
+
+    rule = {"generate_vmap_rule": False}
+    Plain = type("Plain", (Product,), rule)
+    forward = staticmethod(lambda x, w: (x**3 * w, x > 0, torch.ones_like(x)))
+    Plain.forward = forward
+    return type("Ruled", (Product,), {**rule, "vmap": staticmethod(vmap), "forward": forward})
+
+
+RULES = {
+    "detached": (ruled(Tensor.detach), "gradient under vmap: it is zero"),
+    "value": (ruled(lambda found: 2 * found), "value under vmap is another"),
+    "where the rows are": (ruled(move=lambda v, d, _: v), "value under vmap is another"),
+    "halved": (ruled(lambda f: f.detach() + f / 2), "value under vmap is another"),
+    "slope": (ruled(lambda f: f.detach() / 2 + f / 2), "gradient under vmap: 0.5 times"),
+    "raises": (ruled(lambda f: f.no_such()), "under vmap raised AttributeError"),
+}
+
+
+def test_a_function_that_claims_vmap_is_checked_under_it():
+    for function in (Product, ruled()):
+        report = check_function(function, SQUARE[0], SQUARE[0] + 1)
+        report.raise_if_wrong()
+        assert [p.name for p in report.cases["vmap"].parameters] == ["input 0", "input 1"]
+        assert all(p.tested for p in report.cases["vmap"].parameters)
+        drawn = (
+            report.cases["float32"].note == "not compared: random numbers differ in torch.float64"
+        )
+        assert drawn == (function is Product)
+    assert "vmap" not in check_function(Linear, *X).cases
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_wrong_rule_of_vmap_is_named(name):
+    function, words = RULES[name]
+    report = check_function(function, SQUARE[0], SQUARE[0] + 1)
+    with pytest.raises(GradientError, match=f"input 0, only in: vmap: .*{words}"):
+        report.raise_if_wrong()
 
 
 def logistic(p, y, gradient=1.0, hessian=1.0):

@@ -1,6 +1,7 @@
 """Right formulas pass, each usual mistake is found and named, and the run does not notice."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -341,6 +342,17 @@ def test_many_rows_in_float32_pass_down_to_the_optimum(make_trainer, settings):
     rows = Rows(*batch(40_000), passes_per_epoch=150, **settings)
     trainer = make_trainer(max_steps=150, callbacks=[GradientCheck(10)], precision="32-true")
     trainer.fit(line(lr=0.4), rows)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_formula_that_becomes_wrong_is_named_at_the_next_check(make_trainer, fused):
+    def spoil(m, right, x, slope):
+        return {**right, "bias": (1 + (m.trainer.global_step >= 7)) * right["bias"]}
+
+    model: Any = (Both if fused else Linear)().double()
+    model.spoil, model.half = spoil, 1
+    with pytest.raises(GradientError, match="check at update 10:\n(?s:.*)bias: 2 times"):
+        make_trainer(max_steps=50, callbacks=[GradientCheck()]).fit(model, RandomRows())
 
 
 class WrongMoments(LinearRegression):

@@ -52,25 +52,16 @@ def trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_the_formula_is_right_a_mean_and_only_reads(model_class):
-    """`test_fuzz.py` compares it with autograd for random sizes and settings."""
+def test_the_loss_is_a_mean(model_class):
+    """`test_testing.py` asks for its gradient, `test_fuzz.py` for random sizes and settings."""
     example, x, y = model_class.example_batch()
     assert type(example) is model_class, f"{model_class.__name__} needs its own example_batch"
     assert model_class.__name__ in dir(lightning_gd)  # exported because it is there
     x, y = x.double(), y.double()
     for choices in each_choice(model_class):
         model = rebuild(example, **choices)
-        check_gradients(model, x, y).raise_if_wrong()  # by autograd and by differences
-        before = [t.detach().clone() for t in (*model.parameters(), x, y)]
-        with torch.no_grad():
-            first, second = model.gradients(x, y), model.gradients(x, y)
-            loss, twice = model.loss(x, y), model.loss(torch.cat([x, x]), torch.cat([y, y]))
+        loss, twice = model.loss(x, y), model.loss(torch.cat([x, x]), torch.cat([y, y]))
         assert twice.item() == pytest.approx(loss.item(), rel=1e-14)
-        assert trained(model).keys() <= first.keys() <= dict(model.named_parameters()).keys()
-        assert all(torch.equal(first[name], second[name]) for name in first)
-        after = [t.detach() for t in (*model.parameters(), x, y)]
-        assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
-        assert all(p.grad is None for p in model.parameters())
 
 
 # Metrics

@@ -9,12 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader
 
-from lightning_gd import (
-    GradientDescentModule,
-    LinearRegression,
-    PointsData,
-    check_gradients,
-)
+from lightning_gd import GradientDescentModule, LinearRegression, PointsData
 
 # Of a DataLoader without validation rows, on purpose.
 pytestmark = [
@@ -218,14 +213,13 @@ def batches_of(content, *sizes):
 
 @kinds
 def test_any_batch_and_any_parameter(make_trainer, kind):
-    model, *models = (kind(lr=0.02, momentum=0.5, gradient=mode) for mode in ("explicit", *MODES))
-    check_gradients(model.double(), KINDS[kind]).raise_if_wrong()
+    models = [kind(lr=0.02, momentum=0.5, gradient=mode) for mode in MODES]
     three = batches_of(KINDS[kind], 11, 5, 7)
     explicit, autograd = (train(make_trainer(max_steps=20), model, three) for model in models)
     torch.testing.assert_close(explicit, autograd, **CLOSE)
     assert all(p.abs().max() > 1e-3 for p in models[0].parameters())  # from zeros
     if kind is Softmax:  # neither trained nor lost
-        state, first = models[0].state_dict(), model.state_dict()
+        state, first = models[0].state_dict(), kind().state_dict()
         assert list(state) == ["scale", "shift", "layer.weight", "layer.bias"]
         assert all(torch.equal(state[name], first[name]) for name in ("scale", "shift"))
         assert models[0].scale.grad is None

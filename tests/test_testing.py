@@ -2,8 +2,10 @@
 
 import any_modules
 import pytest
+import test_modes
 import torch
 from any_modules import Plain
+from test_models import each_choice
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,10 +28,31 @@ class OfModel(GradientTests):
         return self.cls.example_batch()[1:]
 
 
-@pytest.mark.parametrize("gradient", ["explicit", "autograd"])
+class OfKind(OfModel):
+    """A model with another kind of batch or parameter."""
+
+    def module(self):
+        return self.cls(momentum=0.9, lr=0.01, **self.settings)
+
+    def batch(self):
+        return test_modes.KINDS[self.cls]
+
+
+@pytest.mark.parametrize("gradient", test_modes.MODES)
 @pytest.mark.parametrize("test", [name for name in TESTS if "two_processes" not in name])
 def test_the_models_pass(model_class, test, gradient):
     getattr(OfModel(model_class, gradient=gradient), test)()
+
+
+def test_every_choice_of_a_model_has_the_right_gradient(model_class):
+    for choices in each_choice(model_class):
+        OfModel(model_class, **choices).test_the_gradient_is_right()
+
+
+@pytest.mark.parametrize("test", [name for name in TESTS if "two_processes" not in name])
+@pytest.mark.parametrize("kind", test_modes.KINDS, ids=lambda kind: kind.__name__)
+def test_other_kinds_of_models_pass(kind, test):
+    getattr(OfKind(kind), test)()
 
 
 def linear_loss(found, y):

@@ -2,21 +2,19 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_gd.batch import Updates, batches_of
-from lightning_gd.checked_update import Update, draw, not_a_mean, own_loss
-from lightning_gd.distributed import reduce_sum, world_size
+from lightning_gd.checked_update import Update, agree, draw, muted, not_a_mean, own_loss
+from lightning_gd.distributed import world_size
 from lightning_gd.gradcheck.check import check_formula
 from lightning_gd.gradcheck.delivered import Part, check_delivered
 from lightning_gd.gradcheck.report import GradientError, GradientReport, ParameterReport
@@ -34,10 +32,11 @@ class GradientCheck(Callback):
     These are the updates 0, 1, 10, 100, every `every_n_updates`, and the last one of `max_steps`.
     The gradient is that of the formula in explicit mode, on a few random rows. Of any other
     LightningModule it is that of autograd through its `training_step`, with every hand-written
-    `backward` in it. It is compared with differences of the loss. Then `p.grad`, before it is
-    clipped, is compared with the gradient on the batches of the update on all processes, which
-    shows a missing reduction. See `check_gradients` and `check_delivered` for the bounds. A
-    callback that changes `p.grad` must come before this one.
+    `backward` in it. It is compared with differences of the loss; a formula that they found right
+    is later compared with autograd alone, where that has plain operations and agrees. Then
+    `p.grad`, before it is clipped, is compared with the gradient on the batches of the update on
+    all processes, which shows a missing reduction. See `check_gradients` and `check_delivered` for
+    the bounds. A callback that changes `p.grad` must come before this one.
 
     The largest relative error is logged as `gradcheck/<parameter>`; nothing else in the run
     changes. `checks` counts the checks of this fit, `tested` those that found the gradient of
@@ -82,6 +81,8 @@ class GradientCheck(Callback):
         self._due: float = math.inf  # the number of the next update to check
         self._before: nn.Module | None = None  # the module before the update
         self._said: set[str] = set()
+        self._sound = False  # differences found the formula right
+        self._share = 1  # of the optimizers that make an update by hand, one step each
 
     def summary(self) -> str:
         """Return one line on the whole fit: how many checks, and what they could not test."""
@@ -113,9 +114,11 @@ class GradientCheck(Callback):
         if trainer.global_step != self._first:  # else they are accumulated over several steps
             self._first, self._steps = trainer.global_step, []
             self._before = None
-            self._look_ahead(trainer, pl_module, trainer.global_step)
-        last = self._number(trainer, pl_module, trainer.global_step + len(batches_of(batch)) - 1)
-        if last >= self._due:
+            automatic = pl_module.automatic_optimization
+            self._share = 1 if automatic else max(1, len(trainer.optimizers))
+            self._look_ahead(trainer, trainer.global_step)
+        last = trainer.global_step + len(batches_of(batch)) - 1
+        if last // self._share >= self._due:
             kept = batches_of(batch if own else converted(batch, None))
             self._steps.append((kept, batch_idx, RandomState.now()))
             if self._before is None and not own:
@@ -126,20 +129,15 @@ class GradientCheck(Callback):
     ) -> None:
         """Check the gradient of this update before the weights change."""
         step = trainer.global_step
-        if self._number(trainer, pl_module, step) == self._due and self._steps:
+        if step // self._share == self._due and self._steps:
             self._check(trainer, pl_module, optimizer)
-        if self._number(trainer, pl_module, step + 1) >= self._due:
-            self._look_ahead(trainer, pl_module, step + 1)
+        if (step + 1) // self._share >= self._due:
+            self._look_ahead(trainer, step + 1)
 
-    def _number(self, trainer: Trainer, module: LightningModule, step: int) -> int:
-        """Return the number of an update; in manual optimization every optimizer makes a part."""
-        parts = 1 if module.automatic_optimization else max(1, len(trainer.optimizers))
-        return step // parts
-
-    def _look_ahead(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def _look_ahead(self, trainer: Trainer, step: int) -> None:
         """Find the next update to check, and keep the random state if it is this one."""
-        now = self._number(trainer, module, step)
-        n, last = self.every_n_updates, self._number(trainer, module, trainer.max_steps - 1)
+        now, last = step // self._share, (trainer.max_steps - 1) // self._share
+        n = self.every_n_updates
         due = [k for k in (*EARLY, -(-now // n) * n, last) if k >= now]
         self._due = min(due, default=math.inf)
         if now == self._due:
@@ -153,15 +151,17 @@ class GradientCheck(Callback):
             self._due += 1  # the scaler skips this update
             return
         update = Update(trainer, module, self.loss, self.reference, optimizer)
-        agree = partial(_agree, device=module.device)
-        with _muted(trainer):
+        agreed = partial(agree, device=module.device)
+        with muted(trainer):
             before, parts = self._as_it_was(module), self._parts(update)
             report, trusted = self._formula(update, before, parts)
             kept = tuple(p for p in report.parameters if p.name in named or update.own)
             reports = [replace(report, parameters=kept)]
-            if not self._is_wrong(trainer, reports[0]):
+            wrong = self._is_wrong(trainer, reports[0])
+            self._sound = bool(kept) and not wrong
+            if not wrong:
                 delivery = update.delivery(parts, found)
-                reports.append(check_delivered(before, delivery, agree, agree(trusted)))
+                reports.append(check_delivered(before, delivery, agreed, agreed(trusted)))
                 self._is_wrong(trainer, reports[1])
         for text in (*(report.note for report in reports), update.note):
             self._say(text)
@@ -197,7 +197,8 @@ class GradientCheck(Callback):
         several = trainer.world_size * len(parts) * trainer.accumulate_grad_batches > 1
         if update.own and several and (words := not_a_mean(before, batch)):
             return GradientReport((ParameterReport("loss", diagnosis=words),)), True
-        report = check_formula(before, batch, loss, state or self._state, explicit, self.reference)
+        how, briefly = (state or self._state, explicit, self.reference), explicit and self._sound
+        report = check_formula(before, batch, loss, *how, briefly)
         return report, explicit or not report.functions
 
     def _as_it_was(self, module: Any) -> nn.Module:
@@ -211,7 +212,7 @@ class GradientCheck(Callback):
 
     def _is_wrong(self, trainer: Trainer, report: GradientReport) -> bool:
         # All processes stop together, or one would wait for the others for ever.
-        if _agree(report.ok, trainer.strategy.root_device):
+        if agree(report.ok, trainer.strategy.root_device):
             return False
         text = "found on another process" if report.ok else "\n".join(report.lines())
         message = f"gradient check at update {trainer.global_step}:\n{text}"
@@ -239,19 +240,3 @@ class GradientCheck(Callback):
         if text and text.partition(":")[0] not in self._said:
             self._said.add(text.partition(":")[0])
             warnings.warn(f"GradientCheck: {text}", stacklevel=2)
-
-
-def _agree(holds: bool, device: torch.device) -> bool:
-    """Tell whether something holds on every process."""
-    return not reduce_sum(torch.tensor(float(not holds), device=device))
-
-
-@contextmanager
-def _muted(trainer: Trainer) -> Iterator[None]:
-    """Give the module no logger inside a `with` block."""
-    loggers, silent = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
-    trainer.loggers = silent  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_gd.batch import call, tensors
-from lightning_gd.gradcheck.diagnosis import largest
+from lightning_gd.batch import call, count_rows, tensors
+from lightning_gd.gradcheck.diagnosis import functions_behind, largest
 from lightning_gd.gradcheck.twin import Attributes, RandomState, converted, shaken, twin
 
 # Rounding per term of a sum, relative to the gradient. Terms that cancel are larger than it: 16 eps
@@ -27,13 +28,14 @@ Weights = dict[str, Tensor]
 Loss = Callable[[Any, Any], Tensor]  # of a model and a batch, shape []
 
 
-class Point(NamedTuple):
+@dataclass
+class Point:
     """What was measured at one set of weights."""
 
     weights: Weights
     loss: float
-    noise: float  # of the loss: what rounding the weights changes
     gradients: dict[str, Weights]  # by kind: those of FORMULA, if there is one, and AUTOGRAD
+    noise: float | None = None  # of the loss: what rounding changes, once that was asked for
 
 
 class Bench:
@@ -46,8 +48,7 @@ class Bench:
         state: The random state before each call.
         dtype: Of the copy, and of floating tensors of the batch.
         reference: Another loss with the same value, of plain operations; differences are its own.
-        fresh: Every call finds the same attributes of the modules too. Without, a formula that
-            keeps what it computed is noticed.
+        fresh: Every call finds the same attributes; else a formula that keeps some is noticed.
     """
 
     def __init__(
@@ -65,16 +66,16 @@ class Bench:
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.trained = [name for name, p in self.parameters.items() if p.requires_grad]
         self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.called = ""  # what was called last
-        self.changed: set[str] = set()  # what was changed in place, and by what
+        self.called, self.changed = "", set[str]()  # last, and what is changed in place by what
         self.functions: dict[str, set[str]] = {}  # custom autograd Functions behind each parameter
         self._loss, self._reference, self._state = loss, reference or loss, state
         self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self.attributes = Attributes(self.model) if fresh else None
-        self._random = torch.Generator().manual_seed(int(state.cpu.long().sum()))
+        self.draws = False  # random numbers, so that every call needs the state
+        self._random = torch.Generator().manual_seed(int(state.torch[0].long().sum()))
         self.model.requires_grad_()
-        self.rows = len(next((t for t in tensors(self.batch) if t.ndim), [0]))
-        numbers = sum(t.numel() for t in tensors(self.batch)) // max(self.rows, 1)
+        self.rows = count_rows(self.batch) or 1
+        numbers = sum(t.numel() for t in tensors(self.batch)) // self.rows
         widest = max(size for value in self.start.values() for size in (*value.shape, 1))
         self.eps = torch.finfo(dtype).eps
         self.rounding = ROUNDING * self.eps * (self.rows + numbers + widest)  # of a sum, relative
@@ -83,6 +84,7 @@ class Bench:
 
     def measure(self, weights: Weights, method: str | None = None) -> Point:
         """Return the loss, its gradient by autograd, and that of the formula of a method."""
+        self._state.restore()
         self._place(weights)
         loss = self._watched(self._loss, "loss")
         if loss.numel() != 1:
@@ -94,11 +96,12 @@ class Bench:
         gradients = {AUTOGRAD: dict(zip(self.parameters, found, strict=True))}
         if method:
             gradients[FORMULA] = self.formula(method, weights)
-        value = self.loss(weights)
-        same = not self.attributes or self._reference is not self._loss
-        if not same and not self._repeats(value, loss.item()):
-            raise ValueError(f"it is {loss.item():g}, and {value:g} {AGAIN}")
-        return Point(weights, value, self._noise(weights, value), gradients)
+        own = self._reference is self._loss
+        first = loss.item()
+        value = self.loss(weights) if self.attributes or not own else first
+        if own and abs(value - first) > min(self.rounding, 1e-3) * max(abs(value), abs(first)):
+            raise ValueError(f"it is {first:g}, and {value:g} {AGAIN}")
+        return Point(weights, value, gradients)
 
     @torch.no_grad()
     def formula(self, method: str, weights: Weights) -> Weights:
@@ -126,13 +129,13 @@ class Bench:
             way: The direction, in which the loss changes by its own size over a length of 1.
             exact: The uncertainty that is small enough.
         """
-        best = (math.nan, math.inf)
+        best, noise = (math.nan, math.inf), self._noise(point)
         for step in self.steps:
             sides = [self._one_sided(point, way, s * step) for s in (-1, 1, -1 / 8, 1 / 8)]
             left, right, near_left, near_right = sides
             slope = (near_left + near_right) / 2
             jump = abs(8 * (near_right - near_left) - (right - left)) / 7
-            doubt = 4 * abs((left + right) / 2 - slope) + jump + 16 * point.noise / step
+            doubt = 4 * abs((left + right) / 2 - slope) + jump + 16 * noise / step
             if doubt < best[1]:
                 best = slope, doubt
             if best[1] <= exact:
@@ -187,15 +190,14 @@ class Bench:
         """Return normal random numbers in the shape of a parameter."""
         return torch.randn(like.shape, generator=self._random).to(like)
 
-    def _repeats(self, one: float, other: float) -> bool:
-        return abs(one - other) <= min(self.rounding, 1e-3) * max(abs(one), abs(other))
-
-    def _noise(self, weights: Weights, loss: float) -> float:
+    def _noise(self, point: Point) -> float:
         """Return 8 times the change of the loss by changes of all numbers in their last digit."""
-        near = {name: shaken(value, self.eps, self._random) for name, value in weights.items()}
-        batch, self.batch = self.batch, shaken(self.batch, self.eps, self._random)
-        change, self.batch = abs(self.loss(near) - loss), batch
-        return 8 * change + 8 * self.eps * abs(loss)
+        if point.noise is None:
+            near = {n: shaken(value, self.eps, self._random) for n, value in point.weights.items()}
+            batch, self.batch = self.batch, shaken(self.batch, self.eps, self._random)
+            change, self.batch = abs(self.loss(near) - point.loss), batch
+            point.noise = 8 * change + 8 * self.eps * abs(point.loss)
+        return point.noise
 
     def _one_sided(self, point: Point, way: Weights, t: float) -> float:
         near = {name: point.weights[name] + t * value for name, value in way.items()}
@@ -206,21 +208,22 @@ class Bench:
             self.parameters[name].data = value
 
     def _watched(self, function: Loss, name: str) -> Any:
-        """Call a function, and note what it changes in place."""
-        weights = [(n, p, p.detach().clone()) for n, p in self.parameters.items()]
+        """Call a function, and note what it changes in place, and whether it draws."""
+        before = {n: p.detach().clone() for n, p in self.parameters.items()}
         found = self._call(function, name)
-        changed = {n for n, p, value in weights if not same(p, value)}
-        now, before = list(tensors(self._given)), list(tensors(self.batch))
-        if len(now) != len(before) or not all(map(same, now, before)):
-            changed.add("its batch")
+        self.draws = self.draws or not self._state.is_present()
+        changed = {n: value for n, value in before.items() if not same(self.parameters[n], value)}
+        given, kept = list(tensors(self._given)), list(tensors(self.batch))
+        if len(given) != len(kept) or not all(map(same, given, kept)):
+            self.changed.add(f"{name} changes its batch in place")
         self.changed |= {f"{name} changes {what} in place" for what in changed}
-        for n, p, value in weights:
-            p.data = value if n in changed else p.data
+        self._place(changed)
         return found
 
     def _call(self, function: Loss, name: str) -> Any:
         self.called = name
-        self._state.restore()
+        if self.draws:
+            self._state.restore()
         for buffer, value in self._buffers:
             buffer.detach().copy_(value)
         if self.attributes:
@@ -231,25 +234,7 @@ class Bench:
 
 def same(now: Tensor, before: Tensor) -> bool:
     """Tell whether two tensors hold the same numbers; nan is the same as nan."""
-    return bool(((now == before) | (now != now) & (before != before)).all())
-
-
-def functions_behind(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, set[str]]:
-    """Return the names of the custom `autograd.Function`s between the loss and each parameter."""
-    names = {id(p): name for name, p in parameters.items()}
-    found: dict[str, set[str]] = {}
-    start = loss.grad_fn
-    passed: dict[Any, set[str]] = {}
-    waiting = [(start, frozenset[str]())] if start is not None else []
-    while waiting:
-        node, above = waiting.pop()
-        custom = isinstance(node, torch.autograd.function.BackwardCFunction)
-        here = above | {node.name().removesuffix("Backward")} if custom else above
-        if node in passed and here <= passed[node]:
-            continue
-        passed.setdefault(node, set()).update(here)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) in names:
-            found.setdefault(names[id(leaf)], set()).update(here)
-        waiting += [(following, here) for following, _ in node.next_functions if following]
-    return found
+    if torch.equal(now, before):
+        return True
+    nan = (now != now) & (before != before)
+    return bool(((now == before) | nan).all())

@@ -80,15 +80,20 @@ def check_formula(
     state: RandomState,
     explicit: bool,
     reference: Loss | None = None,
+    briefly: bool = False,
 ) -> GradientReport:
-    """Check the formula of a model, or autograd; see `check_gradients`."""
+    """Check the formula of a model, or autograd; see `check_gradients`.
+
+    Briefly, a formula that equals autograd through plain operations is right.
+    """
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
     raised = ""
     for dtype in dict.fromkeys([torch.float64, own]):
         with isolated(dtype):
             bench = Bench(model, batch, loss, state, dtype, reference, fresh=not explicit)
             try:
-                report = Comparison(bench, explicit).report()
+                comparison = Comparison(bench, explicit)
+                report = (briefly and comparison.brief_report()) or comparison.report()
             except Exception as error:  # whatever a model raises belongs in the report
                 raised = raised or f"{bench.called} raised {type(error).__name__}: {error}"
             else:

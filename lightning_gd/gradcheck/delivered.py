@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gd.gradcheck.bench import Loss, Weights
-from lightning_gd.gradcheck.diagnosis import largest, name_factor, name_reduction, ratio
+from lightning_gd.gradcheck.diagnosis import first_line, largest, name_factor, name_reduction, ratio
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
 from lightning_gd.gradcheck.twin import RandomState, converted, isolated, shaken, torch_states, twin
 
@@ -117,7 +117,7 @@ def _local(
             except Exception as error:
                 if not shakes:
                     raise
-                return [], f"{type(error).__name__}: {error}".partition("\n")[0]
+                return [], first_line(error)
             sums.append(found)
             drawn |= draws
     return sums, "the loss draws random numbers" if drawn else ""

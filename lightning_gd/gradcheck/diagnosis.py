@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ALIKE = 1e-6  # float64 gradients agree to about 1e-13, usual mistakes differ by 1e-3 and more
 STALE = "stale: a second call on the same batch returns something else"
@@ -180,3 +181,29 @@ def ratio(actual: Tensor, expected: Tensor, noise: float) -> float | None:
 def largest(values: Tensor) -> float:
     """Return the largest absolute value; nan if one is nan."""
     return float(values.detach().abs().max()) if values.numel() else 0.0
+
+
+def first_line(error: Exception) -> str:
+    """Return the type and the first line of an error."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def functions_behind(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, set[str]]:
+    """Return the names of the custom `autograd.Function`s between the loss and each parameter."""
+    names = {id(p): name for name, p in parameters.items()}
+    found: dict[str, set[str]] = {}
+    start = loss.grad_fn
+    passed: dict[Any, set[str]] = {}
+    waiting = [(start, frozenset[str]())] if start is not None else []
+    while waiting:
+        node, above = waiting.pop()
+        custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+        here = above | {node.name().removesuffix("Backward")} if custom else above
+        if node in passed and here <= passed[node]:
+            continue
+        passed.setdefault(node, set()).update(here)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) in names:
+            found.setdefault(names[id(leaf)], set()).update(here)
+        waiting += [(following, here) for following, _ in node.next_functions if following]
+    return found

@@ -1,27 +1,27 @@
 """Checks a hand-written backward pass of a Function, or of a pair of functions, in many cases."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from lightning_utilities import apply_to_collection as each
-from torch import Tensor, clone, nn
+from torch import Tensor, clone
 from torch.autograd import Function
 
 from lightning_gd.batch import tensors
 from lightning_gd.gradcheck.bench import AUTOGRAD, Bench, same
+from lightning_gd.gradcheck.cases import Call, Case, cases_of
 from lightning_gd.gradcheck.comparison import Comparison
 from lightning_gd.gradcheck.delivered import compared, explained
-from lightning_gd.gradcheck.diagnosis import alike, largest, unfit
+from lightning_gd.gradcheck.diagnosis import alike, first_line, largest, unfit
 from lightning_gd.gradcheck.report import FunctionReport, GradientReport, ParameterReport
 from lightning_gd.gradcheck.twin import RandomState, converted, isolated, shaken, twin
+from lightning_gd.gradcheck.vmapped import check_vmap, claims_vmap, tuple_of
 
 SHAKES = 16  # of the inputs, so that ties fall either way
 REPEATS = 16  # eps: between two backward passes that add up in another order
-
-Call = Callable[..., Any]
 
 
 def check_function(
@@ -32,7 +32,8 @@ def check_function(
     The gradient of Σ cotangent · output is compared with differences as in `check_gradients`, in
     float64 or the longest dtype that the function computes in: for the inputs, other numbers of
     rows (the first dimension, where no other is as large), repeated rows, non-contiguous inputs and
-    cotangents, and each input alone. Numbers are up to an eighth closer to zero, off kinks.
+    cotangents, and each input alone. Numbers are up to an eighth closer to zero, off kinks. A
+    Function with a rule for `torch.func.vmap` is compared under it with a loop of its own calls.
 
     In float32 and bfloat16 the truth is the float64 gradient of `reference` or the function at the
     same inputs. The bound is 32 (8 in bfloat16) times its change by random changes of the inputs by
@@ -52,58 +53,20 @@ def check_function(
     if not slots:
         raise ValueError("no input is a tensor of floating-point numbers")
     with isolated(torch.get_default_dtype()):
-        form, given = _Form(function, reference, seed), _Case(inputs, slots)
+        form, given = _Form(function, reference, seed), Case(inputs, slots)
         found: dict[str, GradientReport] = {}
         for longest in (torch.float64, torch.float32, inputs[slots[0]].dtype):
             found["as given"] = form.report(given, longest, longest)
             if found["as given"].parameters:  # otherwise forward refuses this dtype
                 break
-        found |= {name: form.report(case, longest, longest) for name, case in _cases(given)}
+        found |= {name: form.report(case, longest, longest) for name, case in cases_of(given)}
+        if claims_vmap(function) and found["as given"].parameters:
+            found["vmap"] = check_vmap(function, converted(inputs, longest), slots, form.state)
         truth = torch.float64 if reference else longest
         for dtype in (torch.float32, torch.bfloat16):
             if dtype != longest and (reference or found["as given"].ok):
                 found[str(dtype).removeprefix("torch.")] = form.report(given, dtype, truth)
     return FunctionReport(found, "" if longest == torch.float64 else f"checked in {longest}")
-
-
-class _Case(nn.Module):
-    """A way to call a function: `arrange` makes its arguments, `store` what backward gets."""
-
-    def __init__(self, inputs: Any, slots: Any, arrange: Call = tuple, store: Call = clone) -> None:
-        super().__init__()
-        self.inputs, self.slots, self.arrange, self.store = inputs, slots, arrange, store
-        for slot in slots:
-            self.register_parameter(f"input {slot}", nn.Parameter(inputs[slot].detach().clone()))
-
-    def arguments(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """Return the arguments of the function, with the parameters among them."""
-        replaced = dict(zip(self.slots, self.parameters(), strict=True))
-        return self.arrange([replaced.get(i, value) for i, value in enumerate(inputs)])
-
-
-def _cases(given: _Case) -> Iterator[tuple[str, _Case]]:
-    inputs, slots = given.inputs, given.slots
-    shapes = {i: value.shape for i, value in enumerate(inputs) if isinstance(value, Tensor)}
-    rows = next(iter(shapes[slots[0]]), 0)
-    places = [i for i, shape in shapes.items() if shape[:1] == (rows,)]
-
-    def changed(change: Call, values: Sequence[Any]) -> Sequence[Any]:
-        return [change(value) if i in places else value for i, value in enumerate(values)]
-
-    def taken(count: int) -> Sequence[Any]:
-        return changed(lambda t: t[torch.arange(count, device=t.device) % rows], inputs)
-
-    if rows and not any(rows in shape[1:] for shape in shapes.values()):
-        odd = 5 if rows == 7 else 7
-        yield "1 row", _Case(taken(1), slots)
-        yield f"{odd} rows", _Case(taken(odd), slots)
-        twice = partial(changed, lambda t: torch.cat([t, t]))
-        yield "repeated rows", _Case(taken(-(-rows // 2)), slots, twice)
-    yield "non-contiguous inputs", _Case(inputs, slots, lambda a: each(a, Tensor, _strided))
-    yield "non-contiguous cotangent", _Case(inputs, slots, store=_strided)
-    yield "expanded cotangent", _Case(inputs, slots, store=lambda c: c.mean().expand_as(c))
-    for slot in slots if len(slots) > 1 else ():
-        yield f"input {slot} alone", _Case(inputs, [slot])
 
 
 class _Form:
@@ -139,13 +102,13 @@ class _Form:
             self.numbers += output.numel()
         return total
 
-    def report(self, case: _Case, dtype: torch.dtype, truth: torch.dtype) -> GradientReport:
+    def report(self, case: Case, dtype: torch.dtype, truth: torch.dtype) -> GradientReport:
         """Compare a gradient with that in a longer dtype; with differences in the same."""
         model, self.mistakes = twin(case, dtype), {}
         try:
             self.loss(model, converted(case.inputs, dtype))
         except Exception as error:  # whatever a function raises belongs in the report
-            return GradientReport((), f"not supported: {_line(error)}")
+            return GradientReport((), f"not supported: {first_line(error)}")
         for parameter in model.parameters():
             parameter.data = self._shrunk(parameter.data)
         bench = Bench(model, case.inputs, self.loss, self.state, dtype, self.plain)
@@ -156,18 +119,20 @@ class _Form:
             else:
                 report = self._rounded(bench, truth)
         except Exception as error:
-            words = f"raised {_line(error)}"
+            words = f"raised {first_line(error)}"
             found = [ParameterReport(name, diagnosis=words) for name in bench.start]
             report = GradientReport(tuple(found))
         general = self.mistakes.get("") or ", ".join(sorted(bench.changed))
         words = {p.name: p.diagnosis for p in report.parameters}
         words |= dict.fromkeys(bench.start, general) if general else self.mistakes
         found = [replace(p, diagnosis=words[p.name]) for p in report.parameters]
-        return GradientReport(tuple(found))
+        return replace(report, parameters=tuple(found))
 
     def _rounded(self, bench: Bench, truth: torch.dtype) -> GradientReport:
         """Compare a gradient with that in a longer dtype at the same rounded inputs."""
         found, near = bench.measure(bench.start).gradients[AUTOGRAD], []
+        if bench.draws:
+            return GradientReport((), f"not compared: random numbers differ in {truth}")
         exact = Bench(bench.model, bench.batch, self.plain or self.loss, self.state, truth)
         batch = exact.batch
         for eps in (0.0, *[bench.eps] * SHAKES):
@@ -212,7 +177,8 @@ class _Form:
             if not all(map(same, tensors(values), tensors(before[what]))):
                 self.mistakes[""] = f"{what} is changed in place"
         again = tuple_of(backward(*cotangents))
-        negative = tuple_of(backward(*each(cotangents, Tensor, torch.neg)))
+        minus = each(cotangents, Tensor, lambda t: -t if t.is_floating_point() else t)
+        negative = tuple_of(backward(*minus))
         for k, wanted in enumerate(self.given):
             gradient = first[k]
             if gradient is None or not _is_floating(wanted):
@@ -244,20 +210,5 @@ def pair_of(forward: Call, backward: Call) -> type[Function]:
     return Pair
 
 
-def _strided(values: Tensor) -> Tensor:
-    """Return the same values with transposed storage, or with gaps where that is contiguous."""
-    turned = values.mT.contiguous().mT if values.ndim > 1 else values
-    return turned if not turned.is_contiguous() else torch.stack([values, values], -1)[..., 0]
-
-
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def tuple_of(value: Any) -> tuple[Any, ...]:
-    """Return a tuple or list as a tuple, anything else as its only entry."""
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
@@ -22,32 +21,36 @@ FRAME = vars(LightningModule()).keys() - {"training"}  # attributes of every mod
 class RandomState(NamedTuple):
     """The state of every generator that a training step may draw from."""
 
-    cpu: Tensor
-    cuda: list[Tensor]
+    torch: list[Tensor]
     python: Any
     numpy: Any
 
     @classmethod
     def now(cls) -> "RandomState":
         """Return the present state."""
-        cpu, *cuda = torch_states()
-        return cls(cpu, cuda, random.getstate(), np.random.get_state())
+        return cls(torch_states(), random.getstate(), np.random.get_state())
 
     @classmethod
     def seeded(cls, seed: int) -> "RandomState":
         """Return the state after a seed; the present one stays."""
-        with isolate_rng():
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            return cls.now()
+        gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+        torch_ones = (torch.Generator(device).manual_seed(seed) for device in ("cpu", *gpus))
+        numpy = np.random.RandomState(seed % 2**32)
+        states = [generator.get_state() for generator in torch_ones]
+        return cls(states, random.Random(seed).getstate(), numpy.get_state())
 
     def restore(self) -> None:
         """Continue from this state."""
-        torch.set_rng_state(self.cpu)
-        torch.cuda.set_rng_state_all(self.cuda)
+        torch.set_rng_state(self.torch[0])
+        torch.cuda.set_rng_state_all(self.torch[1:])
         random.setstate(self.python)
         np.random.set_state(self.numpy)
+
+    def is_present(self) -> bool:
+        """Tell whether no number was drawn since."""
+        now = RandomState.now()
+        same = all(map(torch.equal, now.torch, self.torch)) and now.python == self.python
+        return same and all(map(np.array_equal, now.numpy, self.numpy))
 
 
 class Attributes:
@@ -74,22 +77,17 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def torch_states() -> list[Tensor]:
-    """Return the states of torch's generators."""
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    """Return the states of torch's generators, of the CPU and of GPUs in use."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *gpus]
 
 
 def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
     """Return a copy of a module in another dtype; what it logs is not logged."""
-    memo: dict[int, Any] = {
-        id(t): t.detach().clone()  # results that a module keeps cannot be copied with their graph
-        for module in model.modules()
-        for t in tensors(own_attributes(module))
-        if not t.is_leaf
-    }
     trainer = trainer_of(model)
-    memo[id(trainer)] = trainer  # which an attribute may lead to
+    memo: dict[int, Any] = {id(trainer): trainer}  # which an attribute may lead to
     try:
-        copied: Any = copy.deepcopy(model, memo)
+        copied = _copied(model, memo)
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be copied to check it: {error}") from error
     if any(p.device.type == "mps" for p in model.parameters()) and dtype is torch.float64:
@@ -106,6 +104,15 @@ def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
             vars(copied).pop(name, None)
         copied.trainer = trainer
     return copied
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(model, dict(memo))
+    except RuntimeError:  # results that a module keeps cannot be copied with their graph
+        kept = (t for module in model.modules() for t in tensors(own_attributes(module)))
+        cut = {id(t): t.detach().clone() for t in kept if not t.is_leaf}
+        return copy.deepcopy(model, memo | cut)
 
 
 def trainer_of(model: nn.Module) -> Any:
@@ -146,9 +153,8 @@ def isolated(dtype: torch.dtype) -> Iterator[None]:
 
     New tensors are of that dtype, as Lightning has it in each precision.
     """
-    usual = torch.get_default_dtype()
+    usual, state = torch.get_default_dtype(), RandomState.now()
     with (
-        isolate_rng(),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
@@ -160,3 +166,4 @@ def isolated(dtype: torch.dtype) -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(usual)
+            state.restore()
