@@ -200,6 +200,18 @@ def counted(what):
     FIGURES[what] = good + 1, tried + 1
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Add the figures of a worker of pytest-xdist to those of this process."""
+    for what, counts in getattr(node, "workeroutput", {}).get("figures", {}).items():
+        FIGURES[what] = tuple(a + b for a, b in zip(FIGURES.get(what, (0, 0)), counts, strict=True))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = FIGURES
+
+
 def pytest_terminal_summary(terminalreporter):
     for what, (good, tried) in FIGURES.items():
         terminalreporter.write_line(f"{what}: {good:,} of {tried:,}")
