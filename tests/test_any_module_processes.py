@@ -25,6 +25,9 @@ from lightning_gd import GradientCheck, GradientError
 from lightning_gd.gradcheck.twin import converted
 
 
+pytestmark = pytest.mark.xdist_group("modules")  # each pair of processes is run once
+
+
 class Unreduced(Callback):
     """What `no_sync` does, for a whole fit."""
 

@@ -13,7 +13,9 @@ import worlds
 # Sums over 41 rows are formed in another order: a relative 1e-16 each, and 60 contracting
 # updates keep it below 1e-12 of weights of order 1.
 CLOSE = {"rtol": 0, "atol": 1e-12}
-WORLDS = [2, pytest.param(3, marks=pytest.mark.slow), 4]  # on two cores each takes its time
+# On two cores each takes its time.
+WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))]
+pytestmark = pytest.mark.xdist_group("worlds")  # each world is run once
 
 
 @pytest.fixture(scope="session")

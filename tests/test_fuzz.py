@@ -17,12 +17,13 @@ from test_models import is_class, own_choices, rebuild, trained
 from test_modes import train
 from test_moments import noisy
 
-from lightning_gd import LinearRegression, Moments, ParityMLP
+from lightning_gd import LinearRegression, Moments, ParityConv, ParityMLP
 from lightning_gd.data.tables import GlobalBatches
 from lightning_gd.distributed import RowMean
 
 PROPERTIES = {}  # name: the check of all its cases, and how many there are
 RAN = Counter()  # by name: cases that held
+MODELS = [model for model in find_models() if model is not ParityConv]  # of any number of features
 TOOLS = {}  # fixtures for the checks
 
 
@@ -85,7 +86,7 @@ POWERS = {torch.float32: 15, torch.float64: 140}
 
 @prop(
     1000,
-    problem=st.sampled_from(find_models()).flatmap(problems),
+    problem=st.sampled_from(MODELS).flatmap(problems),
     dtype=st.sampled_from(list(POWERS)),
     power=st.floats(-1, 1),
 )
@@ -240,6 +241,7 @@ def tools(make_trainer):
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_property(name):
     hold, cases = PROPERTIES[name]
+    RAN[name] = 0  # a mutant may have been tried before
     hold()
     good, tried = FIGURES.get("fuzz cases run", (0, 0))
     FIGURES["fuzz cases run"] = good + RAN[name], tried + cases

@@ -71,6 +71,7 @@ class GradientCheck(Callback):
         one_of("on_error", on_error, ("stop", "warn"))
         self.every_n_updates, self.rows, self.on_error = every_n_updates, rows, on_error
         self.loss, self.reference = loss, reference
+        self._sound = False  # differences found the formula right
         self._begin()
 
     def _begin(self) -> None:
@@ -81,7 +82,6 @@ class GradientCheck(Callback):
         self._due: float = math.inf  # the number of the next update to check
         self._before: nn.Module | None = None  # the module before the update
         self._said: set[str] = set()
-        self._sound = False  # differences found the formula right
         self._share = 1  # of the optimizers that make an update by hand, one step each
 
     def summary(self) -> str:
@@ -91,6 +91,15 @@ class GradientCheck(Callback):
         missed = ", ".join(name for name, times in self.tested.items() if not times)
         checks = "1 check" if self.checks == 1 else f"{self.checks} checks"
         return f"{checks}, {f'not tested: {missed}' if missed else 'all parameters tested'}"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._sound = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sound": self._sound}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._sound = state_dict["sound"]  # so that a resumed run checks as one that was not
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module that cannot be checked."""
