@@ -36,8 +36,8 @@ EXPECTED = {
     "numpy_sum_gradient_closed_form": 42, "nn_linear_rerun_cell34": 42, "nn_linear_rate": 11,
     "numpy_sum_gradient_11": 50, "numpy_sum_gradient_11_rest": 82, "torch_autograd_11": 41,
     "torch_autograd_25": 36, "torch_autograd_rest": 52, "vector_grad_ones": 3,
-    "accumulated_grad_bug": 13, "grad_accumulation": 15, "grad_zeroed": 12, "jacobian": 313,
-    "detach_no_grad_random": 6, "chain_rule_scalar": 2, "numpy_sum_gradient_stale_print": 32,
+    "accumulated_grad_bug": 13, "grad_accumulation": 15, "grad_zeroed": 12, "jacobian": 216,
+    "detach_no_grad_random": 5, "chain_rule_scalar": 2, "numpy_sum_gradient_stale_print": 32,
     "torch_optim_sgd_10": 40, "torch_autograd_10": 20, "nn_linear_1000": 42,
     "nn_linear_1000_rate": 4,
 }  # fmt: skip
