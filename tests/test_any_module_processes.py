@@ -24,8 +24,6 @@ from torch.nn import functional as F
 from lightning_gd import GradientCheck, GradientError
 from lightning_gd.gradcheck.twin import converted
 
-pytestmark = pytest.mark.xdist_group("modules")  # each pair of processes is run once
-
 
 class Unreduced(Callback):
     """What `no_sync` does, for a whole fit."""

@@ -23,7 +23,6 @@ import page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = [
-    pytest.mark.xdist_group("browser"),  # one run, one server
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM, reason="no browser: chromium is not on the PATH"),
 ]

@@ -15,7 +15,6 @@ import worlds
 CLOSE = {"rtol": 0, "atol": 1e-12}
 # On two cores each takes its time.
 WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))]
-pytestmark = pytest.mark.xdist_group("worlds")  # each world is run once
 
 
 @pytest.fixture(scope="session")
