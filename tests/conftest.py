@@ -17,6 +17,7 @@ import torch
 from killed import Forge
 from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
 from lightning_gd import (
     GradientDescentModule,
@@ -198,6 +199,18 @@ def counted(what):
     FIGURES[what] = good, tried + 1
     yield
     FIGURES[what] = good + 1, tried + 1
+
+
+OWN = dict(vars(DataLoader))
+
+
+def pytest_runtest_teardown():
+    """Take off what Lightning leaves on DataLoader where a `train_dataloader` raises."""
+    for name in ("__init__", "__setattr__", "__delattr__"):
+        if name in OWN:
+            setattr(DataLoader, name, OWN[name])
+        elif name in vars(DataLoader):
+            delattr(DataLoader, name)
 
 
 @pytest.hookimpl(optionalhook=True)
