@@ -22,7 +22,7 @@ def obstacle(module: ConfiguredModule, optimizer: Any) -> str:
     """Return why the updates of a step must each be made by `optimizer.step()`; empty if not.
 
     The private names are those of the hooks of torch.optim, which has no public way to ask for
-    them; they were checked with torch 2.6 to 2.14.
+    them; they were checked with torch 2.14.
     """
     wrapped = optimizer.optimizer
     trainer: Any = module.trainer
@@ -63,7 +63,9 @@ class UpdatesOfStep:
         self, module: ConfiguredModule, optimizer: Any, trained: list[Parameter], count: int
     ) -> None:
         self.module, self.optimizer, self.trained = module, optimizer, trained
-        module.not_direct = obstacle(module, optimizer) if count > 1 else "one update per step"
+        if count > 1:  # the last step of an epoch may have one, which says nothing of the others
+            module.not_direct = obstacle(module, optimizer)
+        self._is_direct = count > 1 and not module.not_direct
         self._together = module.hparams["gradient_clip_val"] is None  # else each norm is used
         self._first, self._lrs = -1, []  # `global_step` before the first direct update
         self._gradients: list[list[Tensor]] = []  # whose norms are not known yet
@@ -76,19 +78,20 @@ class UpdatesOfStep:
         """Record the direct updates as `RunHooks` records the others."""
         if not self._lrs:
             return
-        losses = [loss for loss, _ in self.module.step_losses[-len(self._lrs) :]]
         self._compute_norms()
-        columns = {"train/loss": torch.stack(losses), "gradient_norm": torch.cat(self._norms)}
+        made = len(self._lrs)  # an update that raises has a loss and a norm, and was not made
+        losses = torch.stack([loss for loss, _ in self.module.step_losses[1 : made + 1]])
+        columns = {"train/loss": losses, "gradient_norm": torch.cat(self._norms)[:made]}
         if self.module.trainer.lr_scheduler_configs:
             columns["lr"] = torch.tensor(self._lrs, dtype=torch.float64)
-        self.module.curves.record_all(range(self._first, self._first + len(self._lrs)), columns)
+        self.module.curves.record_all(range(self._first, self._first + made), columns)
 
     def make(self) -> None:
         """Make one update."""
         if self._first < 0:
             self.module.gradient_norm = self.module.clip(self.trained)
             self.optimizer.step()  # it counts `global_step` and calls `RunHooks`
-            if not self.module.not_direct:
+            if self._is_direct:
                 self._prepare()
             return
         if self._together:
@@ -98,7 +101,9 @@ class UpdatesOfStep:
         else:
             self._norms.append(self.module.clip(self.trained)[None])
         for callback in self._callbacks:
-            callback.on_before_optimizer_step(self._trainer, self.module, self._raw)
+            callback.on_before_optimizer_step(
+                self.module.trainer, self.module, self.optimizer.optimizer
+            )
         self._lrs.append(self._group["lr"])
         self._step([p.grad for p in self._group["params"] if p.grad is not None])
         self._progress.increment_ready()  # `global_step`, as Lightning counts it
@@ -107,9 +112,8 @@ class UpdatesOfStep:
     def _prepare(self) -> None:
         """Look up what all further updates of this step need."""
         trainer: Any = self.module.trainer
-        optimizer = self._raw = self.optimizer.optimizer
-        self._trainer, self._first = trainer, trainer.global_step
-        self._group = optimizer.param_groups[0]
+        optimizer = self.optimizer.optimizer
+        self._first, self._group = trainer.global_step, optimizer.param_groups[0]
         self._callbacks = [c for c in trainer.callbacks if hasattr(c, "called_directly")]
         self._progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         self._most = max(1, KEPT // sum(p.numel() for p in self.trained))
@@ -117,7 +121,9 @@ class UpdatesOfStep:
         self._values = [p.detach() for p in stepped]  # in the same memory
         self._buffers = [optimizer.state.get(p, {}).get("momentum_buffer") for p in stepped]
         self._options = {name: self._group[name] for name in OPTIONS}
-        self._plain = self.module.device.type == "cpu" and not any(self._options.values())
+        # As in `optimizer.step()`: on the CPU one by one, elsewhere torch decides.
+        self._foreach = False if self.module.device.type == "cpu" else None
+        self._plain = self._foreach is False and not any(self._options.values())
 
     def _step(self, gradients: list[Tensor]) -> None:
         lr = self._group["lr"]
@@ -125,8 +131,8 @@ class UpdatesOfStep:
             for value, gradient in zip(self._values, gradients, strict=True):
                 value.add_(gradient, alpha=-lr)
             return
-        foreach = None if self._values[0].device.type != "cpu" else False  # None: torch decides
-        sgd(self._values, gradients, self._buffers, lr=lr, foreach=foreach, **self._options)
+        how = {"lr": lr, "foreach": self._foreach, **self._options}
+        sgd(self._values, gradients, self._buffers, **how)
 
     def _compute_norms(self) -> None:
         kept, self._gradients = self._gradients, []

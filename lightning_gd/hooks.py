@@ -40,7 +40,7 @@ class RunHooks(Callback):
     def setup(self, trainer: Trainer, pl_module: EvaluatedModule, stage: str) -> None:
         self.epoch_loss, self.validation_loss = [0.0, 0.0], None
         self._unchecked = {"train", "evaluation"}
-        pl_module.step_losses = []
+        pl_module.step_losses, pl_module.not_direct = [], "one update per step"
         if trainer.precision == "64-true":  # Lightning would load a checkpoint into float32 first
             pl_module.double()
         if stage == "fit":
@@ -61,7 +61,7 @@ class RunHooks(Callback):
         sampler = getattr(trainer.train_dataloader, "sampler", None)
         if not isinstance(sampler, DistributedSampler) or not trainer.is_global_zero:
             return
-        rows, processes = len(sampler.dataset), sampler.num_replicas  # pyright: ignore
+        rows, processes = len(sampler.dataset), sampler.num_replicas  # pyright: ignore[reportArgumentType]
         extra = sampler.total_size - rows
         if extra:
             what = f"{'repeats' if extra > 0 else 'leaves out'} {abs(extra)} of {rows} rows"

@@ -91,8 +91,32 @@ def test_several_layers_of_any_shape(make_trainer):
         trainer = make_trainer(max_steps=30, precision="32-true", callbacks=list(callbacks))
         settings = {"num_features": 3, "hidden": 5, "momentum": 0.9}
         data = RandomRows(**MINI)
-        ends.append(plain(fit(trainer, data, ParityMLP, **settings).state_dict()))
+        model = fit(trainer, data, ParityMLP, **settings)
+        assert bool(model.not_direct) == bool(callbacks)
+        ends.append(plain(model.state_dict()))
     assert ends[0] == ends[1]
+
+
+class Fails(Callback):
+    called_directly = True
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 7:
+            raise LookupError
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_clip_val": 0.5}])
+def test_the_curves_end_at_the_last_update_that_was_made(make_trainer, settings):
+    """The 8th update raises within the second step, of the updates 5 to 9."""
+    trainer, model = make_trainer(max_steps=40, callbacks=[Fails()]), line(**settings)
+    with pytest.raises(LookupError):
+        trainer.fit(model, datamodule=RandomRows(**{**MINI, "batch_size": 2}))
+    model.curves.write(trainer)
+    whole = line(**settings)
+    make_trainer(max_steps=7).fit(whole, datamodule=RandomRows(**{**MINI, "batch_size": 2}))
+    for tag in ("train/loss", "gradient_norm"):
+        assert model.curves.history[tag][0] == list(range(7))
+        assert model.curves.history[tag][1] == pytest.approx(whole.curves.history[tag][1][:7])
 
 
 class Watches(Callback):
