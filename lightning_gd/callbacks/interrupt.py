@@ -21,21 +21,21 @@ class Interrupt(Callback):
     """
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received = self._noted = 0
         self._before: dict[int, Any] = {}  # the handlers that Python and Lightning have set
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.received, self._before = 0, {}
+        self.received, self._noted, self._before = 0, 0, {}
         if threading.current_thread() is threading.main_thread():  # others may set no handler
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._receive)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        received = self.received
+        noted = self._noted
         if world_size() > 1:
-            received = reduce_sum(torch.tensor(float(received), device=pl_module.device)).item()
-        if received:
-            self.received = self.received or signal.SIGTERM
+            noted = reduce_sum(torch.tensor(float(noted), device=pl_module.device)).item()
+        if noted:
+            self.received = self._noted or signal.SIGTERM
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,7 +45,7 @@ class Interrupt(Callback):
         self._restore()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+        self._noted = number
         self._restore()
 
     def _restore(self) -> None:
