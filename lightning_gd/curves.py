@@ -39,11 +39,11 @@ class Curves:
         Of `local` values the sums over all processes are written; every process must then record
         the same points.
         """
-        if _is_kept(step):
-            for tag, value in values.items():
-                known = isinstance(value, Tensor)
-                column = value.reshape(1) if known else torch.tensor([value], **EXACT)
-                self._buffer.setdefault((tag, local), []).append(((step,), column))
+        columns = {
+            tag: v.reshape(1) if isinstance(v, Tensor) else torch.tensor([v], **EXACT)
+            for tag, v in values.items()
+        }
+        self.record_all([step], columns, local=local)
 
     def record_all(
         self, steps: Sequence[int], columns: Mapping[str, Tensor], *, local: bool = False

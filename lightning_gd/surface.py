@@ -22,7 +22,7 @@ MOST_ROWS, MOST_PRODUCTS, TOGETHER = 2048, 2**22, 64  # of a loss that is not le
 Loss = Callable[[Tensor], Tensor]  # from weights of shape [K, P] to losses of shape [K]
 
 
-class Path:
+class WeightPath:
     """The trained weights of a module after some of its updates.
 
     Attributes:

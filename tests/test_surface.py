@@ -15,7 +15,7 @@ from test_figures import assert_readable
 
 from lightning_gd import LinearRegression, Pictures, PointsData, RunLogger
 from lightning_gd.settings import DivergenceError
-from lightning_gd.surface import Path
+from lightning_gd.surface import WeightPath
 from lightning_gd.surface_figures import surface_figure
 
 MAIN = "main direction of the path"
@@ -35,7 +35,7 @@ class Watch(Callback):
     """Keeps the path of a run as the pictures do."""
 
     def on_train_start(self, trainer, pl_module):
-        self.path = Path(pl_module)
+        self.path = WeightPath(pl_module)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.path.add(trainer.global_step)
@@ -109,7 +109,7 @@ def test_curvatures_and_the_lowest_point_are_those_of_the_moments(make_trainer, 
 
 
 def test_the_path_has_the_first_updates_and_few_of_many_later_ones():
-    path = Path(LinearRegression())
+    path = WeightPath(LinearRegression())
     for update in range(20_000):
         path.add(update)
     assert path.updates[:67] == [*range(64), 66, 69, 72] and len(path.updates) == len(path.weights)

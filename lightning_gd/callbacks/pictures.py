@@ -1,6 +1,6 @@
 """Pictures at the end of a fit, as PNG files and in TensorBoard."""
 
-import pathlib
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from lightning_gd.evaluation import evaluating
 from lightning_gd.leastsquares import LeastSquares
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import DivergenceError, whole_number
-from lightning_gd.surface import Path
+from lightning_gd.surface import WeightPath
 
 MOST_ROWS = 2_000  # points of the data in the picture of a fitted line
 MOST_NUMBERS = 2**16  # trained numbers of a model whose path is kept
@@ -54,20 +54,20 @@ class Pictures(Callback):
             raise ValueError(f"surface={surface!r} must be 'auto' or True{rest} ({animation=})")
         self.worst, self.surface, self.animation = worst, animation or surface, animation
         self.lines: list[tuple[int, Tensor]] = []  # updates made, predictions at `_at`
-        self.path: Path | None = None
+        self.path: WeightPath | None = None
         self._at: Tensor | None = None  # inputs, shape [K, 1]
-        self._folder: pathlib.Path | None = None
+        self._folder: Path | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder, data = trainer.log_dir if trainer.loggers else None, tensor_data(trainer)
         self.lines, self.path, self._at, self._folder = [], None, None, None
         if not folder or not isinstance(pl_module, GradientDescentModule):
             return
-        path = Path(pl_module)
+        path = WeightPath(pl_module)
         has_surface = self._has_surface(path.size, data)  # on every process: it may raise
         if not trainer.is_global_zero:
             return
-        self._folder, self.path = pathlib.Path(folder) / "pictures", path if has_surface else None
+        self._folder, self.path = Path(folder) / "pictures", path if has_surface else None
         for board in boards(trainer):
             board.add_custom_scalars({"loss": CHARTS})
         if data is None:
@@ -140,14 +140,14 @@ class Pictures(Callback):
             _publish(trainer, file)
         return {"surface": surface_figures.surface_figure(surface, path.names)}
 
-    def _save(self, trainer: Trainer, folder: pathlib.Path, drawn: dict[str, Any]) -> None:
+    def _save(self, trainer: Trainer, folder: Path, drawn: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
             figure.savefig(folder / f"{name}.png")
             _publish(trainer, folder / f"{name}.png")
 
 
-def _publish(trainer: Trainer, file: pathlib.Path) -> None:
+def _publish(trainer: Trainer, file: Path) -> None:
     """Show a picture in TensorBoard as it is in the file, so that a GIF moves."""
     from PIL import Image
 
