@@ -2,7 +2,7 @@
 
 import os
 import re
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
@@ -375,3 +375,16 @@ def test_the_commands_pass_on_the_status(command):
 def test_the_console_script():
     (script,) = entry_points(group="console_scripts", name="lightning-gd")
     assert script.load() is main
+
+
+def test_the_version():
+    assert run("--version")[:2] == (0, f"lightning_gd {version('lightning_gd')}\n")
+
+
+def test_a_model_that_is_not_trained_is_said_to_be(tmp_path):
+    where = trainer_words(default_root_dir=tmp_path, max_steps=1)
+    words = ["test", "--config", "parity", *where]
+    assert run("fit", *words[1:])[0] == 0
+    untrained, trained = (run(*words, *more)[1] for more in ((), ("--ckpt_path", "last")))
+    assert "WARNING: the model is not trained; --ckpt_path last" in untrained
+    assert "not trained" not in trained
