@@ -2,7 +2,8 @@
 
 import os
 import re
-from importlib.metadata import entry_points, version
+from importlib import metadata
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -378,7 +379,7 @@ def test_the_console_script():
 
 
 def test_the_version():
-    assert run("--version")[:2] == (0, f"lightning_gd {version('lightning_gd')}\n")
+    assert run("--version")[:2] == (0, f"lightning_gd {metadata.version('lightning_gd')}\n")
 
 
 def test_a_model_that_is_not_trained_is_said_to_be(tmp_path):
