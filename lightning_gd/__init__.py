@@ -21,7 +21,7 @@ _PLACES = (
 
 
 @cache
-def _names() -> dict[str, str]:
+def names() -> dict[str, str]:
     """Return the dotted module of every public name."""
     root, found = Path(__file__).parent, {}
     for file in (file for place in _PLACES.split() for file in sorted(root.glob(place))):
@@ -32,11 +32,11 @@ def _names() -> dict[str, str]:
 
 
 def __getattr__(name: str) -> Any:
-    module = None if name.startswith("_") else _names().get(name)
+    module = None if name.startswith("_") else names().get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(module), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(_names())
+    return sorted(names())

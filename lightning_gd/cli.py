@@ -1,15 +1,14 @@
 """The command line: verbs, experiments by name, exit codes. Lightning is imported only to run."""
 
-import difflib
 import os
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterable
 from pathlib import Path
 from traceback import print_exception
 
 from lightning_gd import __version__
+from lightning_gd.arguments import UsageError, check, unknown
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 VERBS = ("fit", "validate", "test", "predict", "check")
@@ -21,10 +20,6 @@ _NOISE = re.compile(
     r"Expected a <class 'NoneType'>).*",
     re.MULTILINE,
 )
-
-
-class UsageError(ValueError):
-    """A verb, an experiment or a file that does not exist; exit status 2."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments == ["--version"]:
             print(f"lightning_gd {__version__}")
         else:
-            _run(*resolve(arguments))
+            _run(*_checked(resolve(arguments)))
         return 0
     except SystemExit as stop:  # the parser has printed its message
         return stop.code if isinstance(stop.code, int) else 1
@@ -60,7 +55,7 @@ def resolve(arguments: list[str]) -> list[str]:
     bare = not arguments or arguments[0].startswith("-")
     verb = "fit" if bare else arguments.pop(0)
     if verb not in VERBS:
-        raise UsageError(_unknown("verb", verb, VERBS))
+        raise UsageError(unknown("verb", verb, VERBS))
     configs, rest, words = [], [], iter(arguments)
     for word in words:
         option, equals, value = word.partition("=")
@@ -110,7 +105,7 @@ def _experiment(text: str) -> tuple[str, str]:
         return Path(text).stem, text
     if os.sep in text or text.endswith((".yaml", ".yml")):
         raise UsageError(f"--config {text}: there is no such file")
-    raise UsageError(_unknown("experiment", text, experiments()))
+    raise UsageError(unknown("experiment", text, experiments()))
 
 
 def _check_yaml(file: Path) -> None:
@@ -125,24 +120,31 @@ def _check_yaml(file: Path) -> None:
         raise UsageError(f"--config {file} must map keys such as model, data, trainer to values")
 
 
-def _unknown(what: str, text: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(text, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {text!r}: {hint}known: {', '.join(known)}"
-
-
 def _help() -> str:
-    lines = [Path(__file__).with_name("help.txt").read_text(encoding="utf-8")]
+    called = Path(sys.argv[0])
+    program = "python -m lightning_gd" if called.name == "__main__.py" else called.name
+    text = Path(__file__).with_name("help.txt").read_text(encoding="utf-8")
+    lines = [text.replace("PROGRAM", program)]
     for name in experiments():
         with (EXPERIMENTS / f"{name}.yaml").open(encoding="utf-8") as file:
             lines.append(f"  {name:21}{file.readline().lstrip('# ')}")
     return "".join(lines).strip()
 
 
-def _run(verb: str, *words: str) -> None:
+def _checked(words: list[str]) -> list[str]:
     sys.path.insert(0, os.getcwd())  # the user's own models, by dotted path
+    check(words[1:])
+    return words
+
+
+def _run(verb: str, *words: str) -> None:
+    shown = sys.stderr.isatty()
+    if shown:  # for the seconds that it takes
+        print("loading PyTorch and Lightning ...", end="", file=sys.stderr, flush=True)
     from lightning_gd.lightning_cli import run
 
+    if shown:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
     run(verb, list(words))
 
 

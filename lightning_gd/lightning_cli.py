@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lightning_gd
+from lightning_gd.arguments import CALLBACKS
 from lightning_gd.checked_update import draw, print_report
 from lightning_gd.checkpoints import check_class, check_shapes, read
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
@@ -33,19 +34,6 @@ from lightning_gd.module import GradientDescentModule
 from lightning_gd.resume import find, run_of, settings_in
 from lightning_gd.settings import check_precision, number
 
-CALLBACKS = {  # the key of each on the command line
-    "checkpoint": "RunCheckpoint",
-    "gradient_check": "GradientCheck",
-    "curvature_report": "CurvatureReport",
-    "test_curve": "TestCurve",
-    "histograms": "WeightHistograms",
-    "pictures": "Pictures",
-    "coefficients": "Coefficients",
-    "predictions": "Predictions",
-    "interrupt": "Interrupt",
-    "end_table": "EndTable",
-    "progress_bar": "UpdateProgressBar",
-}
 TRAINER = {"enable_model_summary": False, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
 OPTIONAL = {"enable_checkpointing": Checkpoint, "enable_progress_bar": ProgressBar}
 LOGS = "lightning_logs"

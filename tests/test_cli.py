@@ -1,5 +1,6 @@
 """The command line: what it resolves, runs, writes, prints and refuses."""
 
+import inspect
 import os
 import re
 from importlib import metadata
@@ -14,10 +15,11 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gd import GradientCheck, LinearRegression, resume
+import lightning_gd
+from lightning_gd import GradientCheck, LinearRegression, arguments, resume
+from lightning_gd.arguments import CALLBACKS
 from lightning_gd.checkpoints import read
 from lightning_gd.cli import EXPERIMENTS, experiments, main, resolve
-from lightning_gd.lightning_cli import CALLBACKS
 
 NAMES = experiments()
 
@@ -360,10 +362,26 @@ sys.exit(status)
 def test_quick_answers_do_not_import_lightning():
     done = process("-c", LOADED, "--help")
     assert done.returncode == 0 and done.stdout.endswith("[]\n")
-    assert all(words in done.stdout for words in ("usage: train.py", *map("  {} ".format, NAMES)))
-    done = process("-c", LOADED, "fit", "--config", "no.yaml")
-    assert done.returncode == 2 and done.stdout.endswith("[]\n")
-    assert "no.yaml: there is no such file" in done.stderr
+    assert all(words in done.stdout for words in ("usage: -c [verb]", *map("  {} ".format, NAMES)))
+    for words, answer in (
+        (["fit", "--config", "no.yaml"], "no.yaml: there is no such file"),
+        (["--model", "Ridge"], "did you mean 'RidgeRegression'"),
+        (["--model.lr", "ten"], "--model.lr=ten must be a number or 'auto'"),
+    ):
+        done = process("-c", LOADED, *words)
+        assert done.returncode == 2 and done.stdout.endswith("[]\n") and answer in done.stderr
+
+
+@pytest.mark.parametrize("experiment", NAMES)
+def test_the_settings_read_from_source_are_those_of_the_classes(experiment):
+    arguments.check(resolve(["fit", "--config", experiment])[1:])
+    content = yaml.safe_load((EXPERIMENTS / f"{experiment}.yaml").read_text("utf-8"))
+    for part in ("model", "data"):
+        name = content[part]["class_path"].rpartition(".")[2]
+        known = set()
+        for cls in getattr(lightning_gd, name).__mro__:
+            known |= {*inspect.signature(cls.__init__).parameters} - {"self", "args", "kwargs"}
+        assert arguments.settings_of(part, name).keys() == known
 
 
 @pytest.mark.parametrize("command", [[SCRIPT], ["-m", "lightning_gd"]])

@@ -235,7 +235,7 @@ def test_a_model_is_one_file(tmp_path, monkeypatch, factor):
     package, folder = Path(lightning_gd.__file__).parent, tmp_path / "lightning_gd"
     shutil.copytree(package, folder, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(lightning_gd, "__file__", str(folder / "__init__.py"))
-    monkeypatch.setattr(lightning_gd, "_names", lightning_gd._names.__wrapped__)  # not cached
+    monkeypatch.setattr(lightning_gd, "names", lightning_gd.names.__wrapped__)  # not cached
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(folder / "models")])
     name, file = f"Later{factor}", f"later{factor}.py"
     text = LATER.replace("Later", name).replace("FACTOR", str(factor))
