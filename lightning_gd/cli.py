@@ -13,6 +13,7 @@ from lightning_gd.arguments import UsageError, check, unknown
 EXPERIMENTS = Path(__file__).parent / "experiments"
 VERBS = ("fit", "validate", "test", "predict", "check")
 DEFAULT = "parity"
+SHORT = {"--verbose": "--curvature_report.verbose=true"}
 
 # Lines of the parser's messages that tell of all types it tried.
 _NOISE = re.compile(
@@ -51,7 +52,7 @@ def resolve(arguments: list[str]) -> list[str]:
 
     The result depends on the arguments alone, so that every process of a run resolves the same.
     """
-    arguments = [argument for argument in arguments if argument != "--traceback"]
+    arguments = [SHORT.get(word, word) for word in arguments if word != "--traceback"]
     bare = not arguments or arguments[0].startswith("-")
     verb = "fit" if bare else arguments.pop(0)
     if verb not in VERBS:

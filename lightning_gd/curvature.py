@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_gd.moments import rank_tolerance
 
 MOST_UPDATES, MOST_WALKED = 10**9, 10**4  # that are counted without and with momentum
+SLOW = 10**4  # updates until the loss above the optimum is halved
 MOST_PRODUCTS = 200  # of a Hessian and a vector
 
 
@@ -66,19 +67,27 @@ class Curvature:
         """
         return torch.stack(list(islice(self._walk(start, best, lr, momentum), steps + 1)))
 
-    def _walk(self, start: Tensor, best: Tensor, lr: float, momentum: float) -> Iterator[Tensor]:
-        now = previous = self.eigenvectors.T @ (start.double() - best)
+    def _walk(
+        self, start: Tensor, best: Tensor, lr: float, momentum: float, before: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        now, previous = (
+            self.eigenvectors.T @ (theta.double() - best)
+            for theta in (start, start if before is None else before)
+        )
         slope = 1 + momentum - lr * self.eigenvalues
         while True:
             yield now
             now, previous = torch.sub(slope * now, previous, alpha=momentum), now
 
-    def updates_needed(self, start: Tensor, best: Tensor, lr: float, momentum: float) -> int | None:
+    def updates_needed(
+        self, start: Tensor, best: Tensor, lr: float, momentum: float, before: Tensor | None = None
+    ) -> int | None:
         """Return the number of updates after which the loss above L* stays below 1 % of the first.
 
-        None if the run diverges, starts at L*, or needs 10⁹ updates (10⁴ with momentum) or more.
+        `before` is θ one update before the start of a resumed run. None if the run diverges,
+        starts at L*, or needs 10⁹ updates (10⁴ with momentum) or more.
         """
-        walk, slope = self._walk(start, best, lr, momentum), 1 - lr * self.eigenvalues
+        walk, slope = self._walk(start, best, lr, momentum, before), 1 - lr * self.eigenvalues
         parts = self.eigenvalues * next(walk).square()
         goal = 0.01 * parts.sum()
         if goal == 0 or self.factor(lr, momentum) >= 1:
@@ -91,41 +100,39 @@ class Curvature:
         updates = bisect_left(counts, True, key=lambda k: bool(slope.pow(2 * k) @ parts <= goal))
         return updates if updates in counts else None
 
-    def report(self, start: Tensor, best: Tensor, lr: float, momentum: float) -> list[str]:
-        """Return what to expect of a run, one sentence per line, numbers with 4 digits."""
-        flat = len(self.eigenvalues) - self.rank
-        beta = f" with momentum {momentum:.4g}" if momentum else ""
-        updates = self.updates_needed(start, best, lr, momentum)
-        lines = [
-            f"curvature: the largest eigenvalue of the Hessian is {self.largest:.4g}, the smallest "
-            f"{self.smallest:.4g} (condition number {self.condition_number:.4g})",
-            f"{flat} of {len(best)} directions do not change the loss at all" if flat else None,
-            f"the largest stable rate{beta} is {self.max_lr(momentum):.4g}, the best "
-            f'{self.best_lr(momentum):.4g}; lr "auto" is {self.auto_lr:.4g}',
-            self._verdict(lr, momentum),
-            updates and f"1 % of the loss above the optimum is left after {updates} updates",
-        ]
-        return [line for line in lines if line]
-
-    def _verdict(self, lr: float, momentum: float) -> str:
-        factor, stable = self.factor(lr, momentum), self.max_lr(momentum)
-        top = factor if momentum else 1 - lr * self.largest
-        if lr > stable or factor >= 1:
-            signed = f"{top:.4g}".replace("-", "−")
-            return (
-                f"WARNING: lr {lr:.4g} {'diverges' if lr > stable else 'does not converge'}: each "
-                f"update multiplies the error by {signed} and the loss by {factor**2:.4g}; the "
-                f"largest stable rate is {stable:.4g}"
-            )
-        swing = "; the steepest part changes sign at each update" if top < 0 else ""
-        if 1 - factor < 1e-4:
-            halved = f"{math.log(0.5) / math.log(factor):.2g} updates"
-            slow = "slowly along the flattest direction: halving the error there takes"
-            return f"lr {lr:.4g} converges, {slow} {halved}{swing}"
+    def rates(self, momentum: float) -> str:
+        """Return which learning rates converge, in one sentence."""
+        beta = f" (momentum {momentum:.4g})" if momentum else ""
         return (
-            f"lr {lr:.4g} converges: in the long run each update multiplies the error by "
-            f"{factor:.4g} and the loss above the optimum by {factor**2:.4g}{swing}"
+            f"lr below {self.max_lr(momentum):.4g} converges{beta}; fastest "
+            f'{self.best_lr(momentum):.4g}, "auto" {self.auto_lr:.4g}'
         )
+
+    def verdict(self, lr: float, momentum: float) -> str:
+        """Return whether this learning rate converges, and how fast, in one sentence."""
+        factor = self.factor(lr, momentum)
+        if factor >= 1:
+            word = "diverges" if lr > self.max_lr(momentum) else "does not converge"
+            return (
+                f"WARNING: lr {lr:.4g} {word}: each update multiplies the loss by {factor**2:.4g}"
+            )
+        halving = math.log(0.5) / math.log(factor**2) if factor else 0.0
+        if halving > SLOW:
+            return f"lr {lr:.4g} converges, more and more slowly: some directions are nearly flat"
+        pace = f"every {halving:.2g} updates" if halving > 1 else "at each update"
+        return f"lr {lr:.4g} converges: the loss above the optimum in the end halves {pace}"
+
+    def details(self, lr: float, momentum: float) -> list[str]:
+        """Return what the learning rates follow from, one sentence per line."""
+        flat, top = len(self.eigenvalues) - self.rank, 1 - lr * self.largest
+        swing = f"; along the steepest direction by {top:.4g}".replace("-", "−")
+        return [
+            f"eigenvalues of the Hessian: {self.largest:.4g} to {self.smallest:.4g}, condition "
+            f"number {self.condition_number:.4g}; {flat} of {len(self.eigenvalues)} directions do "
+            "not change the loss",
+            f"each update multiplies the error by {self.factor(lr, momentum):.6g} in the long run"
+            + ("" if momentum else swing),
+        ]
 
 
 def largest_eigenvalue(hvp: Callable[[Tensor], Tensor], like: Tensor, rtol: float = 1e-6) -> float:

@@ -1,5 +1,6 @@
 """What a run knows of its data if its loss is least squares, and the learning rate "auto"."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -61,9 +62,13 @@ class LeastSquares:
         """The exact solution for the training data."""
         return self.moments().optimum(bias=len(self.trained) == 2)
 
-    def theta(self) -> Tensor:
-        """Return the present (w, b), shape [D+1], or w, shape [D], in float64."""
-        return torch.cat([p.detach().reshape(-1) for p in self.trained]).to(self.moments().mean)
+    def theta(self, changes: Mapping[Tensor, Tensor] | None = None) -> Tensor:
+        """Return the present (w, b), shape [D+1], or w, shape [D], in float64, plus changes."""
+        moved = (
+            p.detach() + changes[p] if changes and p in changes else p.detach()
+            for p in self.trained
+        )
+        return torch.cat([p.reshape(-1) for p in moved]).to(self.moments().mean)
 
 
 class AutoLearningRate(Callback):

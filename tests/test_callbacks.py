@@ -22,6 +22,7 @@ from lightning_gd import (
     GradientDescentModule,
     LinearRegression,
     Pictures,
+    PointsData,
     Predictions,
     RunLogger,
     TableData,
@@ -96,10 +97,10 @@ def test_the_curvature_at_the_start_for_batches_of_any_structure(make_trainer, c
     # The report changes neither batch statistics nor the random numbers of dropout.
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
     said = capsys.readouterr().out.replace("\n", " ")
-    found = re.search(r"on 23 rows: the largest eigenvalue of the Hessian is ([\d.]+); SGD", said)
+    found = re.search(r"on 23 rows, a learning rate below ([\d.]+) is stable", said)
     assert found is not None and "WARNING: lr 100 is above that" in said
     if not dropout:  # 4 digits are printed of what is iterated to 1e-3
-        assert float(found[1]) == pytest.approx(expected, rel=2e-3)
+        assert float(found[1]) == pytest.approx(2 / expected, rel=2e-3)
 
 
 def largest_eigenvalue(model, batch):
@@ -114,6 +115,39 @@ def largest_eigenvalue(model, batch):
     return torch.linalg.eigvalsh(hessian.detach())[-1].item()
 
 
+class Far(LinearRegression):
+    """A Huber loss, whose Hessian is 0 where every |r| > 1."""
+
+    def loss(self, x, y):
+        return nn.functional.huber_loss(self(x), y)
+
+    def gradients(self, x, y):
+        slope = (self(x) - y).clamp(-1, 1)
+        return {"weight": slope @ x / len(y), "bias": slope.mean()}
+
+
+@pytest.mark.parametrize("lr, rises", [(0.5, True), (0.01, False)])
+def test_a_loss_that_swings_beyond_its_lowest_is_warned_of(make_trainer, capsys, lr, rises):
+    """At w = 0 only the row x = 1 has |r| < 1, so λmax = ½; the row x = 10 makes the run swing."""
+    trainer = make_trainer(max_steps=9, callbacks=[CurvatureReport()])
+    model = Far(num_features=1, lr=lr, bias=False)
+    trainer.fit(model, datamodule=PointsData(x=[1, 10], y=[0.5, 40], passes_per_epoch=9))
+    said, losses = capsys.readouterr().out, model.curves.history["train/loss"][1]
+    lowest = min(losses)
+    wanted = f"was {lowest:.4g} at update {losses.index(lowest)} and is {losses[-1]:.4g} at update"
+    assert (losses[-1] > 1.1 * lowest) == (wanted in " ".join(said.split())) == rises
+    assert "at the start, on 2 rows, a learning rate below 4 is stable" in said
+
+
+def test_the_curvature_where_the_hessian_at_the_start_is_0(make_trainer, capsys):
+    """Both rows have |r| > 1 at w = 0; after the update w = lr·10 only x = 1 has |r| < 1."""
+    trainer = make_trainer(max_steps=1, callbacks=[CurvatureReport()])
+    model = Far(num_features=1, lr=0.2, bias=False)
+    trainer.fit(model, datamodule=PointsData(x=[1, 10], y=[2, 40]))
+    said = capsys.readouterr().out
+    assert "one update from the start, on 2 rows, a learning rate below 4 is stable" in said
+
+
 def test_a_report_that_fails_does_not_end_the_run(make_trainer, capsys):
     class Attached(Softmax):
         def loss(self, x, y):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -121,7 +155,7 @@ def test_a_report_that_fails_does_not_end_the_run(make_trainer, capsys):
 
     trainer = make_trainer(max_steps=2, callbacks=[CurvatureReport()])
     trainer.fit(Attached(), datamodule=RandomRows(classes=True))
-    assert "curvature at the start: not known (" in capsys.readouterr().out
+    assert "curvature at the start: not known (" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -146,9 +180,13 @@ def test_the_test_curve_is_the_loss_in_evaluation_mode(make_trainer, settings, e
     assert model.curves.history["test/loss"] == (list(steps), [seen[step] for step in steps])
 
 
-@pytest.mark.parametrize("width", [60, 120])
+@pytest.mark.parametrize("width", [60, 80, 120, None])
 def test_the_end_table_fits_its_width(make_trainer, tmp_path, monkeypatch, capsys, width):
-    monkeypatch.setenv("COLUMNS", str(width))
+    if width:
+        monkeypatch.setenv("COLUMNS", str(width))
+    else:  # a file, or no terminal
+        monkeypatch.delenv("COLUMNS", raising=False)
+    width = width or 80
     monkeypatch.chdir(tmp_path)
     table, data = EndTable(), RandomRows(passes_per_epoch=50, moments=True)
     callbacks = [GradientCheck(), table]
@@ -173,10 +211,23 @@ def test_the_end_table_fits_its_width(make_trainer, tmp_path, monkeypatch, capsy
         "test/accuracy": "0.9 (majority class: 0.5)",
     }
     assert rows.items() >= expected.items()
-    assert f"logs              {FOLDER}/run/version_0" in text
+    own = "\n  " if width < 120 else "              "  # what is too long has a line of its own
+    assert f"\nlogs{own}{FOLDER}/run/version_0\n" in text
     assert f"tensorboard --logdir {FOLDER}" in text
     updates, losses = model.curves.history["train/loss"]
     assert updates[-1] == 50 and losses[-1] == pytest.approx(final, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "epochs, said",
+    [(4, "max_steps=6 ends the run, before max_epochs=4 (8 updates)"), (-1, "")]
+    + [(2, "max_epochs=2 (4 updates) ends the run, before max_steps=6")],
+)
+def test_of_two_limits_the_first_is_named(make_trainer, capsys, epochs, said):
+    trainer = make_trainer(max_steps=6, max_epochs=epochs, callbacks=[EndTable()])
+    fit(trainer, RandomRows(passes_per_epoch=2))
+    assert trainer.global_step == min(6, 2 * epochs % 100)
+    assert capsys.readouterr().out.partition("\n")[0] == said or not said
 
 
 def test_histograms_and_the_progress_bar(make_trainer, tmp_path, capsys):

@@ -103,25 +103,37 @@ def test_updates_needed_where_it_never_comes_or_takes_long():
     assert slow.updates_needed(start, start, 1.0, 0.0) is None  # nothing is left to do
 
 
-def test_reports():
-    h, start = Curvature(torch.diag(torch.tensor([0, 1.0, 4.0]))), torch.tensor([9.0, 1.0, 0])
-    assert h.report(start, 0 * start, 0.25, 0.0) == [
-        "curvature: the largest eigenvalue of the Hessian is 4, the smallest 1 (condition number "
-        "4)",
-        "1 of 3 directions do not change the loss at all",
-        'the largest stable rate is 0.5, the best 0.4; lr "auto" is 0.25',
-        "lr 0.25 converges: in the long run each update multiplies the error by 0.75 and the loss "
-        "above the optimum by 0.5625",
-        "1 % of the loss above the optimum is left after 9 updates",  # 0.75^18 = 0.0056
-    ]
+def test_updates_needed_after_a_resume():
+    """From any update of a run with momentum, what is left is what was left from its start."""
+    _, curvature, opt, theta0 = ready(*table())
+    lr = 0.3 * curvature.max_lr(0.9)
+    path = opt.theta + curvature.errors(theta0, opt.theta, lr, 0.9, 60) @ curvature.eigenvectors.T
+    first = (curvature.eigenvectors.T @ (path[40] - opt.theta)).square() @ curvature.eigenvalues
+    rest = curvature.errors(theta0, opt.theta, lr, 0.9, 5000).square() @ curvature.eigenvalues
+    wanted = int((rest > 0.01 * first).nonzero()[-1]) + 1
+    found = curvature.updates_needed(path[40], opt.theta, lr, 0.9, before=path[39])
+    assert found is not None and 40 + found == wanted
+
+
+def test_sentences():
+    h = Curvature(torch.diag(torch.tensor([0, 1.0, 4.0])))
+    assert h.rates(0.0) == 'lr below 0.5 converges; fastest 0.4, "auto" 0.25'
+    assert h.rates(0.9) == 'lr below 0.95 converges (momentum 0.9); fastest 0.76, "auto" 0.25'
+    ends = "the loss above the optimum in the end halves"
     for lr, momentum, words in [
-        (0.4, 0.0, "by 0.6 and the loss above the optimum by 0.36; the steepest part changes sign"),
-        (1e-5, 0.0, "slowly along the flattest direction: halving the error there takes 6.9e+04"),
-        (0.5, 0.0, "lr 0.5 does not converge: each update multiplies the error by −1 and the loss"),
-        (99.0, 0.9, "WARNING: lr 99 diverges"),
-        (0.1, 0.9, 'rate with momentum 0.9 is 0.95, the best 0.76; lr "auto" is 0.25'),
+        (0.25, 0.0, f"lr 0.25 converges: {ends} every 1.2 updates"),  # ln ½ / ln 0.75²
+        (0.4, 0.0, f"lr 0.4 converges: {ends} at each update"),
+        (1e-5, 0.0, "lr 1e-05 converges, more and more slowly: some directions are nearly flat"),
+        (0.5, 0.0, "WARNING: lr 0.5 does not converge: each update multiplies the loss by 1"),
+        (99.0, 0.0, "WARNING: lr 99 diverges: each update multiplies the loss by 1.56e+05"),
     ]:
-        assert words in "\n".join(h.report(start, 0 * start, lr, momentum))
+        assert h.verdict(lr, momentum) == words
+    assert h.details(0.4, 0.0) == [
+        "eigenvalues of the Hessian: 4 to 1, condition number 4; 1 of 3 directions do not change "
+        "the loss",
+        "each update multiplies the error by 0.6 in the long run; along the steepest direction by "
+        "−0.6",
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 50, 300])

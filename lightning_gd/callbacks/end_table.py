@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_gd.batch import Batch
 from lightning_gd.callbacks.gradient_check import GradientCheck
+from lightning_gd.data.tables import GlobalBatches
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import RowMean
 from lightning_gd.evaluation import evaluating
@@ -34,7 +35,15 @@ class EndTable(Callback):
         self._started, self._first = 0.0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say which of two limits ends the run, where both are set."""
         self._started, self._first = time.perf_counter(), trainer.global_step
+        loader, steps, epochs = trainer.train_dataloader, trainer.max_steps, trainer.max_epochs
+        if isinstance(loader, GlobalBatches) and steps > 0 and epochs and epochs > 0:
+            every = loader.updates_per_epoch
+            limits = [f"max_steps={steps}", f"max_epochs={epochs} ({epochs * every:,} updates)"]
+            first, other = limits if steps <= epochs * every else reversed(limits)
+            if trainer.is_global_zero:
+                print(f"{first} ends the run, before {other}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         seconds, step = time.perf_counter() - self._started, trainer.global_step
@@ -83,9 +92,10 @@ class EndTable(Callback):
         console.rule()
         rows = {**self._rows, **_metric_rows(self._metrics), **_paths(trainer)}
         for name, text in rows.items():
-            if text:
-                line = Text(name.ljust(WIDTH), "bold").append(text, "default")
-                console.print(line, soft_wrap=True)
+            if text:  # what is too long for its line has one of its own
+                between = "\n  " if WIDTH + len(text) > console.width else ""
+                line = Text(name.ljust(0 if between else WIDTH), "bold")
+                console.print(line.append(between + text, "default"), soft_wrap=True)
         console.rule()
 
 
