@@ -25,6 +25,15 @@ CERTIFIED = [
     1829.15146461355,
     -3482258.63459582,
 ]
+DEVIATIONS = [
+    84.9149257747669,
+    0.0334910077722432,
+    0.488399681651699,
+    0.214274163161675,
+    0.226073200069370,
+    455.478499142212,
+    890420.383607373,
+]
 ROWS = "a,b,y\n1,2,3\n4,5,7\n7,9,9\n2,2,1\n3,8,2\n"
 
 
@@ -170,7 +179,7 @@ def test_a_second_file_is_the_test_part(table, tmp_path):
 def exact(data):
     """The exact coefficients, and x and y of the file."""
     x, y, _ = data.read(data.path)
-    found, _ = least_squares((x - data.mean) / data.scale, y, bias=True)
+    found = least_squares((x - data.mean) / data.scale, y, bias=True).theta
     return data.coefficients(found[:-1], found[-1]), x, y
 
 
@@ -204,15 +213,22 @@ def test_a_fit_reaches_what_nist_certifies(make_trainer, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "e-" in printed.partition(" of the largest coefficient away")[0][-8:]
     assert "coefficients.csv" in printed
-    assert all(repr(value) in printed for value in reached)
+    assert all(f"{value:.6g}" in printed for value in reached)
+    errors = [float(row["standard_error"]) for row in rows]
+    assert errors == pytest.approx(DEVIATIONS, rel=1e-9)  # condition 110² of the squares, times eps
+    # R² and the standard deviation of the residuals that NIST certifies, of 16 rows and 7 numbers.
+    assert (
+        f"train: R² {0.995479004577296:.6g}, RMSE {304.854073561965 * (9 / 16) ** 0.5:.6g}"
+        in printed
+    )
 
 
 def test_a_fit_says_how_far_it_is(make_trainer, tmp_path, capsys):
     data = TableData(near_copy(tmp_path / "t.csv", 1e-2), "y", passes_per_epoch=300)
     rows = fitted(make_trainer, data, tmp_path, 300, lr=0.2)
     found = re.search(
-        r"([\d.]+) of the largest coefficient away from the exact solution after 300 updates: "
-        r"the condition number is ([\d.e+]+)",
+        r"after 300 updates ([\d.]+) of the largest coefficient away from the exact one\n"
+        r"condition number ([\d.e+]+)",
         capsys.readouterr().out,
     )
     assert found is not None

@@ -1,45 +1,81 @@
 """The coefficients of a fit on a table, in the units of the table, beside the exact solution."""
 
+import math
+from typing import NamedTuple
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_gd.callbacks.run_folder import write_csv
 from lightning_gd.data.table import TableData
+from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.models.linear import LinearRegression
 
 MOST_SHOWN = 50  # coefficients printed; the file holds all
+HEADER = ("term", "coefficient", "least_squares", "difference", "standard_error")
 
-Rows = list[tuple[str, float, float]]  # term, coefficient, exact coefficient
+Rows = list[tuple[str, float, float, float, float]]
 
 
-def least_squares(x: Tensor, y: Tensor, bias: bool) -> tuple[Tensor, float]:
+class Solution(NamedTuple):
+    """The exact solution of a least-squares problem, and how well the rows determine it.
+
+    Attributes:
+        theta: (w*, b*), shape [D+1]. Where it is not unique, it is the shortest.
+        condition: The condition number of the Hessian.
+        spread: W, shape [D+1, rank], with W Wᵀ the pseudo-inverse of XᵀX.
+        deviation: √(Σ r² / (N − rank)), the standard deviation of the residuals; NaN for N = rank.
+    """
+
+    theta: Tensor
+    condition: float
+    spread: Tensor
+    deviation: float
+
+
+def least_squares(x: Tensor, y: Tensor, bias: bool) -> Solution:
     """Minimise 1/N Σ r², r = x w + b − y, by the singular values of x.
 
     Moments would square the condition number: for columns that differ in their sixth digit they
-    leave 4 correct digits of w*, and this leaves 10. Where w* is not unique, it is the shortest.
+    leave 4 correct digits of w*, and this leaves 10.
 
     Args:
         x: Standardised features, shape [N, D], float64.
         y: Targets, shape [N], float64.
         bias: Whether b is fitted; else it is 0.
-
-    Returns:
-        (w*, b*), shape [D+1], and the condition number of the Hessian.
     """
     columns = torch.cat([x, torch.full_like(x[:, :1], bias)], dim=1)
-    found = torch.linalg.lstsq(columns, y[:, None], driver="gelsd")
-    singular = found.singular_values[: max(1, int(found.rank))]  # that are not rounding
-    return found.solution[:, 0], float(singular[0] / singular[-1]) ** 2
+    left, singular, right = torch.linalg.svd(columns, full_matrices=False)
+    cut = torch.finfo(torch.float64).eps * max(columns.shape) * singular[0]  # below is rounding
+    rank = max(1, int((singular > cut).sum()))
+    spread = right[:rank].T / singular[:rank]
+    theta = spread @ (left[:, :rank].T @ y)
+    freedom, residual = len(y) - rank, columns @ theta - y
+    deviation = float(residual.square().sum() / freedom) ** 0.5 if freedom else math.nan
+    return Solution(theta, float(singular[0] / singular[rank - 1]) ** 2, spread, deviation)
+
+
+def standard_errors(data: TableData, solution: Solution, trained: int) -> Tensor:
+    """Return the standard error of each exact coefficient in the units of the table, [D+1].
+
+    The square roots of the diagonal of A W Wᵀ Aᵀ σ², where A maps (w, b) to coefficients. All are
+    NaN where the `trained` numbers are not determined by the rows.
+    """
+    slopes = solution.spread[:-1] / data.scale[:, None]
+    lines = torch.cat([slopes, solution.spread[-1:] - data.mean @ slopes])
+    unique = solution.spread.shape[1] == trained
+    return lines.norm(dim=1) * (solution.deviation if unique else math.nan)
 
 
 class Coefficients(Callback):
     """After a fit on `TableData`: prints the coefficients and writes `coefficients.csv`.
 
-    Each is in target units per unit of its column, at full precision, beside the exact
-    least-squares one: of several solutions, the one with the smallest weights. A line says how far
-    the two are apart. The model needs a `weight` for each feature and a `bias`.
+    Each is in target units per unit of its column, beside the exact least-squares one and the
+    standard error of that: 6 digits on the screen, all in the file. A line says how far the two
+    are apart, and others R² = 1 − Σ r²/Σ (y − ȳ)² and the root mean squared error of the run on
+    the training and test rows. The model needs a `weight` for each feature and a `bias`.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -49,19 +85,33 @@ class Coefficients(Callback):
         if {"weight", "bias"} - set(model) or model["weight"].shape != (data.num_features,):
             return
         weight, bias, train = model["weight"], model["bias"], data.tables["train"]
-        best, condition = least_squares(train.x.double(), train.y.double(), bias.requires_grad)
-        exact = data.coefficients(best[:-1], best[-1]).tolist()
+        best = least_squares(train.x.double(), train.y.double(), bias.requires_grad)
+        exact = data.coefficients(best.theta[:-1], best.theta[-1]).tolist()
         found = data.coefficients(weight, bias).tolist()
-        rows = list(zip([*data.features, "intercept"], found, exact, strict=True))
+        errors = standard_errors(data, best, len(data.features) + bias.requires_grad).tolist()
+        apart = [a - b for a, b in zip(found, exact, strict=True)]
+        terms = [*data.features, "intercept"]
+        rows = list(zip(terms, found, exact, apart, errors, strict=True))
         _print(data.target, rows)
+        theta = torch.cat([weight, bias[None]]).detach().double().cpu()
+        for part in ("train", "test"):
+            if part in data.tables:
+                print(_quality(part, data.tables[part], theta))
         if getattr(type(pl_module), "loss", None) is LinearRegression.loss:
-            apart = _distance(torch.cat([weight, bias[None]]).detach().cpu(), best)
-            made = f"after {trainer.global_step:,} updates: the condition number is {condition:.3g}"
-            print(f"{apart:.2g} of the largest coefficient away from the exact solution {made}")
-        header = ("term", "coefficient", "least_squares", "difference")
-        lines = [header, *((term, a, b, a - b) for term, a, b in rows)]
-        if path := write_csv(trainer, "coefficients.csv", lines):
+            far = _distance(theta, best.theta)
+            made = f"after {trainer.global_step:,} updates"
+            print(f"{made} {far:.2g} of the largest coefficient away from the exact one")
+            print(f"condition number {best.condition:.3g}")
+        if path := write_csv(trainer, "coefficients.csv", [HEADER, *rows]):
             print(f"every digit: {path}")
+
+
+def _quality(part: str, table: Table, theta: Tensor) -> str:
+    y = table.y.double().cpu()
+    residual = table.x.double().cpu() @ theta[:-1] + theta[-1] - y
+    total = (y - y.mean()).square().sum()
+    share = f"R² {1 - residual.square().sum() / total:.6g}, " if total else ""
+    return f"{part}: {share}RMSE {residual.square().mean().sqrt():.6g} on {len(y):,} rows"
 
 
 def _distance(theta: Tensor, best: Tensor) -> float:
@@ -72,8 +122,8 @@ def _distance(theta: Tensor, best: Tensor) -> float:
 
 def _print(target: str, rows: Rows) -> None:
     shown = rows if len(rows) <= MOST_SHOWN else [*rows[: MOST_SHOWN - 1], rows[-1]]
-    width = max(len(term) for term, _, _ in shown)
+    width = min(40, max(len(row[0]) for row in shown))
     print(f"Coefficients for {target}")
-    print(f"  {'term':{width}} {'coefficient':>24} {'exact least squares':>24} {'difference':>10}")
-    for term, a, b in shown:
-        print(f"  {term:{width}} {a!r:>24} {b!r:>24} {a - b:>10.1e}")
+    print(f"  {'term':{width}} {'coefficient':>13} {'least squares':>13} {'std. error':>13}")
+    for term, a, b, _, error in shown:
+        print(f"  {term:{width}} {a:>13.6g} {b:>13.6g} {error:>13.6g}")
