@@ -81,9 +81,9 @@ class UpdatesOfStep:
         self._compute_norms()
         made = len(self._lrs)  # an update that raises has a loss and a norm, and was not made
         losses = torch.stack([loss for loss, _ in self.module.step_losses[1 : made + 1]])
-        columns = {"train/loss": losses, "gradient_norm": torch.cat(self._norms)[:made]}
+        columns = {"train/loss": losses, "update/gradient_norm": torch.cat(self._norms)[:made]}
         if self.module.trainer.lr_scheduler_configs:
-            columns["lr"] = torch.tensor(self._lrs, dtype=torch.float64)
+            columns["update/lr"] = torch.tensor(self._lrs, dtype=torch.float64)
         self.module.curves.record_all(range(self._first, self._first + made), columns)
 
     def make(self) -> None:

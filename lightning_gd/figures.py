@@ -19,30 +19,61 @@ Curves: TypeAlias = Mapping[str, Curve]  # by part: train, val, test
 BLACK, ODD, EVEN = "#000000", "#D55E00", "#0072B2"  # vermilion is odd, blue is even
 PARTS = {"train": EVEN, "val": "#009E73", "test": ODD}
 COLUMNS = 5  # of the sheet of wrong digits
-TEXT, SMALL = 14, 12  # points; at 100 dots per inch they are readable at half size
+TEXT, SMALL = 14, 12  # points, readable at half size
+DPI = 150  # dots per inch: a loss curve is 1,200 by 750
 
 
 def loss_curves(
-    measured: Curves, predicted: Iterable[Curve] = (), optimum: float | None = None
+    measured: Curves,
+    predicted: Iterable[Curve] = (),
+    optimum: float | None = None,
+    title: str = "",
 ) -> Figure:
     """Draw the losses by update on a log scale.
+
+    A curve that turns at more than a third of its points, as of mini-batches or of a rate that
+    overshoots, is drawn thin, and its running mean over it. The first loss of exactly 0 is marked
+    at the lower edge.
 
     Args:
         measured: What was logged.
         predicted: Predicted curves, drawn thin and dashed over the measured ones.
         optimum: The lowest loss possible on the training rows, drawn as a horizontal line.
+        title: Such as the model, its data and its learning rate.
     """
-    figure, axes = _figure("update", "loss (log scale)")
-    for i, (part, curve) in enumerate(measured.items()):
-        marker = "o" if np.size(curve[0]) < 30 else ""
-        width = 2.5 if i else 5  # both are seen where they coincide
-        _plot(axes, curve, color=PARTS[part], marker=marker, lw=width, label=part)
+    figure, axes = _figure("update", "loss (log scale)", title=title)
+    for i, (part, (steps, losses)) in enumerate(measured.items()):
+        style: dict[str, Any] = {"color": PARTS[part], "lw": 2.5 if i else 5}  # seen where equal
+        updates, values = np.asarray(steps), np.asarray(losses, float)
+        if _is_rough(values):
+            _plot(axes, (updates, values), color=PARTS[part], lw=0.8, alpha=0.5)
+            _plot(axes, _running_mean(updates, values), **style, label=f"{part}, running mean")
+        else:
+            marker = "o" if len(values) < 30 else ""
+            _plot(axes, (updates, values), **style, marker=marker, label=part)
+        for step in updates[values == 0][:1]:
+            edge = {"transform": axes.get_xaxis_transform(), "clip_on": False, "ls": "", "ms": 12}
+            axes.plot(step, 0, marker="v", color=PARTS[part], **edge, label=f"{part} is 0")
     for curve in predicted:
         _plot(axes, curve, color=BLACK, lw=1.2, ls="--", label="predicted")
     if optimum is not None:
         height = optimum if optimum > 1e-3 * axes.get_ylim()[0] else np.nan  # far below: no line
         axes.axhline(height, color="#707070", lw=1.5, ls=":", label=f"optimum {optimum:.4g}")
     return with_legend(figure)
+
+
+def _is_rough(values: np.ndarray) -> bool:
+    """Tell whether a curve of 60 points or more turns at over a third of them."""
+    slopes = np.sign(np.diff(values))
+    return len(values) >= 60 and np.mean(slopes[1:] != slopes[:-1]) > 1 / 3
+
+
+def _running_mean(updates: np.ndarray, values: np.ndarray) -> Curve:
+    """Return the means of every twentieth of the points, each at the middle of its points."""
+    window = len(values) // 20
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    means = (sums[window:] - sums[:-window]) / window
+    return updates[window // 2 : window // 2 + len(means)], means
 
 
 def weight_picture(weight: ArrayLike) -> Figure:
@@ -58,6 +89,7 @@ def weight_picture(weight: ArrayLike) -> Figure:
     image = axes.imshow(weight, cmap="RdBu_r", vmin=-most, vmax=most)
     axes.grid(False)
     axes.set_title("weights: + speaks for odd, − for even", fontsize=TEXT)
+    axes.set_xlabel("column (pixel)\nborder: black in every digit, its weights change alike")
     bar = figure.colorbar(image, ax=axes, extend="both")
     bar.set_label("weight (score per unit of the scaled pixel)", fontsize=TEXT)
     bar.ax.tick_params(labelsize=SMALL)
@@ -80,7 +112,7 @@ def wrong_digits(
     wrong = np.flatnonzero((scores > 0) != (np.asarray(target) > 0))
     shown = wrong[np.argsort(-np.abs(scores[wrong]), kind="stable")][:most]
     rows = max(1, -(-len(shown) // COLUMNS))
-    figure = Figure(figsize=(8, 0.7 + 1.6 * rows), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8, 0.7 + 1.6 * rows), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()  # one for all digits: the layout of twenty takes seconds
     axes.axis("off")
     sheet = np.zeros((rows * 37, COLUMNS * 36))
@@ -146,9 +178,12 @@ def fitted_lines(
     return with_legend(figure)
 
 
-def _figure(x: str, y: str, size: tuple[float, float] = (8, 5)) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
+def _figure(
+    x: str, y: str, size: tuple[float, float] = (8, 5), title: str = ""
+) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
+    axes.set_title(title, fontsize=TEXT)
     name_axes(axes, x, y)
     return figure, axes
 

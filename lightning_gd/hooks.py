@@ -92,9 +92,9 @@ class RunHooks(Callback):
             pl_module.step_losses.append((loss, rows.sum()))
             pl_module.gradient_norm = gradient_norm(pl_module.parameters())
         values: dict[str, Value] = {"train/loss": pl_module.step_losses[-1][0]}
-        values["gradient_norm"] = pl_module.gradient_norm
+        values["update/gradient_norm"] = pl_module.gradient_norm
         if trainer.global_step == 0 or trainer.lr_scheduler_configs:
-            values["lr"] = optimizer.param_groups[0]["lr"]
+            values["update/lr"] = optimizer.param_groups[0]["lr"]
         pl_module.curves.record(trainer.global_step, values)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: EvaluatedModule, *_: Any) -> None:

@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from lightning_gd.figures import BLACK, EVEN, ODD, SMALL, TEXT, name_axes, with_legend
+from lightning_gd.figures import BLACK, DPI, EVEN, ODD, SMALL, TEXT, name_axes, with_legend
 from lightning_gd.surface import Surface
 
 RATIO, MARGIN = 0.75, 1.3  # of the plane: height by width; its size by that of the path
@@ -31,7 +31,7 @@ def surface_figure(surface: Surface, names: Sequence[str]) -> Figure:
         surface: Of the run.
         names: Of the trained numbers, where there are one or two.
     """
-    figure = Figure(figsize=(8, 6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8, 6), dpi=DPI, layout="constrained")
     line, points = _draw(figure.add_subplot(), surface, names)
     line.set_data(*points.T)
     return with_legend(figure)

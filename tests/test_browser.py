@@ -138,7 +138,7 @@ def browser(show, board):
 
 
 def test_charts_of_the_curves_in_both_modes(browser):
-    wanted = {"train/loss", "test/loss", "gradient_norm"}
+    wanted = {"train/loss", "test/loss", "update/gradient_norm"}
     browser(
         f"scalars&tagFilter=^({'|'.join(wanted)})$",
         "seen('tf-scalar-card').map(card => [card.tag, drawn(card)])",

@@ -337,7 +337,7 @@ def test_parity_shows_what_the_readme_says(tmp_path):
     assert len(shown) == 3 and "(majority class: 0.5)" in out
     folder = tmp_path / "parity" / "version_0"
     curves, events = curves_in(folder), events_in(folder)
-    for tag, first in (("train/loss", 1), ("test/loss", 1), ("gradient_norm", None)):
+    for tag, first in (("train/loss", 1), ("test/loss", 1), ("update/gradient_norm", None)):
         steps, values = zip(*curves[tag], strict=True)
         assert steps[:500] == tuple(range(500)) and set(steps[500:]) <= {500}
         assert first is None or values[0] == pytest.approx(first)

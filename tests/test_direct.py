@@ -66,7 +66,7 @@ def test_a_direct_update_is_that_of_the_optimizer_to_the_bit(make_trainer, name,
     assert (model.not_direct, other.not_direct) == ("", "it has a hook")
     assert listens.steps == 40
     # Norms that are computed together may be added up in another order: 4 numbers, so 4 roundings.
-    norms = [run["curves"].pop("gradient_norm") for run in (direct, usual)]
+    norms = [run["curves"].pop("update/gradient_norm") for run in (direct, usual)]
     eps = torch.finfo(torch.float64 if precision == "64-true" else torch.float32).eps
     assert norms[0][0] == norms[1][0]
     assert norms[0][1] == pytest.approx(norms[1][1], rel=4 * eps, abs=0)
@@ -79,7 +79,7 @@ def test_the_check_sees_the_same_gradients(make_trainer):
     check = GradientCheck()
     direct, model = trained(make_trainer, settings, data, check)
     assert model.not_direct == "" and check.checks == 4
-    errors = {name: direct["curves"].pop(f"gradcheck/{name}") for name in ("weight", "bias")}
+    errors = {name: direct["curves"].pop(f"verify/{name}") for name in ("weight", "bias")}
     assert [steps for steps, _ in errors.values()] == [[0, 1, 10, 39]] * 2
     assert direct == trained(make_trainer, settings, data)[0]
 
@@ -114,7 +114,7 @@ def test_the_curves_end_at_the_last_update_that_was_made(make_trainer, settings)
     model.curves.write(trainer)
     whole = line(**settings)
     make_trainer(max_steps=7).fit(whole, datamodule=RandomRows(**{**MINI, "batch_size": 2}))
-    for tag in ("train/loss", "gradient_norm"):
+    for tag in ("train/loss", "update/gradient_norm"):
         assert model.curves.history[tag][0] == list(range(7))
         assert model.curves.history[tag][1] == pytest.approx(whole.curves.history[tag][1][:7])
 

@@ -23,6 +23,12 @@ def falling(rate, points=50):
     return np.arange(points), 30 * rate ** np.arange(points)
 
 
+def rough(points=200):
+    """A falling curve, every second point of it doubled."""
+    steps, losses = falling(0.99, points)
+    return steps, losses * (1 + steps % 2)
+
+
 def digits(rows=60):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, rows)
@@ -34,6 +40,10 @@ def every_figure():
     lines = [(k, at * (2 - 0.85**k * 2)) for k in (0, 1, 2, 4, 8, 16, 32, 64, 100)]
     return {
         "loss": figures.loss_curves(two, two.values(), 0.05),
+        "rough loss": figures.loss_curves(
+            {"train": rough(), "val": falling(0.9, 5)}, title="Model"
+        ),
+        "loss of 0": figures.loss_curves({"train": (np.arange(5), [4, 2, 1, 0, 0])}, title="Model"),
         "loss in one decade": figures.loss_curves({"train": falling(0.99)}, optimum=1e-30),
         "weights": figures.weight_picture(np.linspace(-1, 0.3, 784)),
         "wrong": figures.wrong_digits(*digits()),
@@ -49,6 +59,26 @@ def test_texts_are_large_apart_and_inside_and_colours_are_safe(name):
     if name != "lines":  # its shades are those of the map cividis
         colours = {to_hex(line.get_color()) for axes in figure.axes for line in axes.lines}
         assert colours <= {*OKABE_ITO, "#707070"}
+
+
+def test_a_rough_curve_has_its_running_mean_and_a_smooth_one_does_not():
+    (axes,) = figures.loss_curves({"train": rough(), "test": falling(0.99, 200)}).axes
+    thin, mean, smooth = axes.lines
+    assert [line.get_label() for line in (mean, smooth)] == ["train, running mean", "test"]
+    steps, losses = rough()
+    np.testing.assert_array_equal(thin.get_ydata(), losses)
+    expected = [losses[k - 5 : k + 5].mean() for k in range(5, 196)]  # a twentieth is 10 points
+    np.testing.assert_array_equal(mean.get_xdata(), steps[5:196])
+    np.testing.assert_allclose(mean.get_ydata(), expected, rtol=1e-12)  # rounding of sums
+
+
+def test_the_first_loss_of_0_is_marked():
+    (axes,) = every_figure()["loss of 0"].axes
+    (mark,) = [line for line in axes.lines if line.get_label() == "train is 0"]
+    assert (
+        list(mark.get_xdata()) == [3]
+        and every_figure()["loss of 0"].get_size_inches()[0] * 150 == 1200
+    )
 
 
 def assert_readable(figure):

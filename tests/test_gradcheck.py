@@ -320,7 +320,7 @@ def test_right_fits_pass_and_are_logged(make_trainer, name, precision):
     with trainer.init_module():
         model = line(**model_settings)
     trainer.fit(model, RandomRows(**data))
-    steps, errors = model.curves.history["gradcheck/weight"]
+    steps, errors = model.curves.history["verify/weight"]
     assert steps == [0, 1, 10, 25, 50, 75, 100, 125, 129]
     # relative to the gradient, which is smaller than its terms close to the optimum
     assert max(errors) < {"64-true": 1e-9, "32-true": 0.01, "bf16-mixed": 10.0}[precision]

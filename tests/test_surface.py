@@ -178,7 +178,7 @@ def test_the_animation_is_small_and_the_same_in_tensorboard(make_trainer, tmp_pa
         assert image.encoded_image_string == (folder / name).read_bytes()
     with Image.open(folder / "animation.gif") as gif:
         frames: Any = gif
-        assert (image.width, image.height) == (800, 600)
+        assert (image.width, image.height) == (1200, 900)
         assert 3 <= frames.n_frames <= 40 and frames.info["loop"] == 0
     assert (folder / "animation.gif").stat().st_size < 3e6
 

@@ -40,7 +40,7 @@ def test_callbacks_and_curves_have_the_rows_loss_and_norm_of_each_update(make_tr
     model = fit(make_trainer(max_steps=7, callbacks=[Around()]), gradient=gradient)
     assert seen == pytest.approx(losses, rel=1e-13)  # by another sum
     assert model.curves.history["train/loss"] == (list(range(7)), seen)
-    steps, found = model.curves.history["gradient_norm"]
+    steps, found = model.curves.history["update/gradient_norm"]
     assert steps == list(range(7)) and found == pytest.approx(norms, rel=1e-12)
 
 

@@ -38,7 +38,7 @@ class GradientCheck(Callback):
     all processes, which shows a missing reduction. See `check_gradients` and `check_delivered` for
     the bounds. A callback that changes `p.grad` must come before this one.
 
-    The largest relative error is logged as `gradcheck/<parameter>`; nothing else in the run
+    The largest relative error is logged as `verify/<parameter>`; nothing else in the run
     changes. `checks` counts the checks of this fit, `tested` those that found the gradient of
     each parameter above rounding; `summary` says both in a line.
 
@@ -238,7 +238,7 @@ class GradientCheck(Callback):
             errors[p.name] = max(p.relative_error, errors.get(p.name, 0.0))
         for name in errors:
             self.tested[name] = self.tested.get(name, 0) + (name not in missed)
-        values = {f"gradcheck/{name}": error for name, error in errors.items()}
+        values = {f"verify/{name}": error for name, error in errors.items()}
         if isinstance(module, GradientDescentModule):
             module.curves.record(trainer.global_step, values)
             return

@@ -9,7 +9,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gd.callbacks.run_folder import boards
+from lightning_gd.callbacks.run_folder import boards, description
 from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.evaluation import evaluating
@@ -70,6 +70,7 @@ class Pictures(Callback):
         self._folder, self.path = Path(folder) / "pictures", path if has_surface else None
         for board in boards(trainer):
             board.add_custom_scalars({"loss": CHARTS})
+            board.add_text("run", description(pl_module))
         if data is None:
             return
         train = data.tables["train"]
@@ -100,7 +101,7 @@ class Pictures(Callback):
         if isinstance(exception, DivergenceError) and trainer.world_size == 1 and self._folder:
             from lightning_gd import figures
 
-            drawn = _of_losses(figures, pl_module)
+            drawn = _of_losses(figures, trainer, pl_module)
             self._save(trainer, self._folder, drawn | self._of_path(trainer, pl_module))
 
     def on_fit_end(self, trainer: Trainer, pl_module: GradientDescentModule) -> None:
@@ -110,7 +111,7 @@ class Pictures(Callback):
 
         data = tensor_data(trainer)
         tables = {} if data is None else data.tables
-        drawn = _of_losses(figures, pl_module) | _of_weight(figures, pl_module)
+        drawn = _of_losses(figures, trainer, pl_module) | _of_weight(figures, pl_module)
         if self._at is not None:
             self.lines.append((trainer.global_step, _predict(pl_module, self._at)))
             drawn["fit"] = figures.fitted_lines(*_points(tables), self._at[:, 0], self.lines)
@@ -165,7 +166,7 @@ def _points(tables: dict[str, Table]) -> tuple[Tensor, Tensor]:
     return train.x[:MOST_ROWS, 0], train.y[:MOST_ROWS]
 
 
-def _of_losses(figures: Any, module: GradientDescentModule) -> dict[str, Any]:
+def _of_losses(figures: Any, trainer: Any, module: GradientDescentModule) -> dict[str, Any]:
     history = module.curves.history
     parts = [part for part in ("train", "val", "test") if f"{part}/loss" in history]
     if not parts:
@@ -174,7 +175,9 @@ def _of_losses(figures: Any, module: GradientDescentModule) -> dict[str, Any]:
     found = [history.get(f"predicted/{part}/loss") for part in parts]
     predicted = [curve for curve in found if curve is not None]
     _, best = history.get("optimum/train/loss", ([], [None]))
-    return {"loss": figures.loss_curves(measured, predicted, best[0])}
+    data, lr = type(trainer.datamodule or trainer.train_dataloader).__name__, module.hparams["lr"]
+    title = f"{type(module).__name__} on {data}, lr {lr:.4g}"
+    return {"loss": figures.loss_curves(measured, predicted, best[0], title)}
 
 
 def _of_weight(figures: Any, module: GradientDescentModule) -> dict[str, Any]:
