@@ -345,6 +345,7 @@ def test_parity_shows_what_the_readme_says(tmp_path):
     assert [point.step for point in events.Histograms("weights/weight")] == [0, 500]
     kept = events.PluginTagToContent("hparams")
     assert b"optimizer" in kept["_hparams_/session_start_info"]
+    assert b"model\x12\x11\x1a\x0fParityRegressor" in kept["_hparams_/session_start_info"]
     assert b"test/accuracy" in kept["_hparams_/experiment"]
 
 
