@@ -46,7 +46,7 @@ def obstacle(module: ConfiguredModule, optimizer: Any) -> str:
     for listener in listeners:
         base = Callback if isinstance(listener, Callback) else ConfiguredModule
         own = type(listener).on_before_optimizer_step is not base.on_before_optimizer_step
-        if own and not isinstance(listener, RunHooks) and not hasattr(listener, "called_directly"):
+        if own and not isinstance(listener, RunHooks) and not hasattr(listener, "looks_at"):
             return f"{type(listener).__name__}.on_before_optimizer_step"
     return ""
 
@@ -54,9 +54,9 @@ def obstacle(module: ConfiguredModule, optimizer: Any) -> str:
 class UpdatesOfStep:
     """Makes the updates of one `training_step` once `p.grad` is set: clips, steps, records.
 
-    The first is Lightning's `optimizer.step()`. The others call the callbacks that allow it by
-    `called_directly`, and torch's functional `sgd` on the state of the optimizer: the same
-    operations in the same order. Where there is an `obstacle`, all are Lightning's.
+    The first is Lightning's `optimizer.step()`. The others call a callback only if its method
+    `looks_at(step)` wants this update, and torch's functional `sgd` on the state of the optimizer:
+    the same operations in the same order. Where there is an `obstacle`, all are Lightning's.
     """
 
     def __init__(
@@ -100,10 +100,12 @@ class UpdatesOfStep:
                 self._compute_norms()
         else:
             self._norms.append(self.module.clip(self.trained)[None])
+        step = self._first + len(self._lrs)
         for callback in self._callbacks:
-            callback.on_before_optimizer_step(
-                self.module.trainer, self.module, self.optimizer.optimizer
-            )
+            if callback.looks_at(step):
+                callback.on_before_optimizer_step(
+                    self.module.trainer, self.module, self.optimizer.optimizer
+                )
         self._lrs.append(self._group["lr"])
         self._step([p.grad for p in self._group["params"] if p.grad is not None])
         self._progress.increment_ready()  # `global_step`, as Lightning counts it
@@ -114,7 +116,7 @@ class UpdatesOfStep:
         trainer: Any = self.module.trainer
         optimizer = self.optimizer.optimizer
         self._first, self._group = trainer.global_step, optimizer.param_groups[0]
-        self._callbacks = [c for c in trainer.callbacks if hasattr(c, "called_directly")]
+        self._callbacks = [c for c in trainer.callbacks if hasattr(c, "looks_at")]
         self._progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         self._most = max(1, KEPT // sum(p.numel() for p in self.trained))
         stepped = [p for p in self._group["params"] if p.grad is not None]

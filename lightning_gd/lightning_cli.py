@@ -168,7 +168,8 @@ class CommandLine(LightningCLI):
             return
         if isinstance(self.trainer.logger, RunLogger):
             self.trainer.logger.lock()
-            self.trainer.logger.hparams["model"] = type(self.model).__name__
+            shown: Any = self.trainer.logger.hparams
+            shown["model"] = type(self.model).__name__
             if self.continued is not None and self.checkpoint["curve_files"]:
                 self.trainer.logger.cut(self.checkpoint["curve_files"][0])
         table: Any = self.config_init["end_table"]

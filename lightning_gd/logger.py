@@ -24,7 +24,14 @@ try:
 except ImportError:
     fcntl = None
 
-SHOWN = ("model", "batch_size", "gradient", "lr", "momentum", "start")  # the first columns in TensorBoard
+SHOWN = (
+    "model",
+    "batch_size",
+    "gradient",
+    "lr",
+    "momentum",
+    "start",
+)  # the first columns in TensorBoard
 METRICS = ("train/loss", "test/loss", "test/accuracy")  # their last value is a column too
 
 

@@ -56,8 +56,6 @@ class GradientCheck(Callback):
         GradientError: During a fit, on all processes, with the parameter and its mistake.
     """
 
-    called_directly = True  # by `UpdatesOfStep`
-
     def __init__(
         self,
         every_n_updates: int = 1000,
@@ -132,6 +130,10 @@ class GradientCheck(Callback):
             self._steps.append((kept, batch_idx, RandomState.now()))
             if self._before is None and not own:
                 self._before = twin(pl_module)
+
+    def looks_at(self, step: int) -> bool:
+        """Tell whether `on_before_optimizer_step` does something before this update."""
+        return (step + 1) // self._share >= self._due
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

@@ -43,8 +43,6 @@ class Pictures(Callback):
         animation: Also write a GIF of the moving path, the loss and the fit.
     """
 
-    called_directly = True  # by `UpdatesOfStep`
-
     def __init__(
         self, worst: int = 20, surface: bool | Literal["auto"] = "auto", animation: bool = False
     ) -> None:
@@ -87,6 +85,10 @@ class Pictures(Callback):
                 f"numbers (got {size:,}): set --pictures.surface auto"
             )
         return bool(self.surface)
+
+    def looks_at(self, step: int) -> bool:
+        """Tell whether a line or a point of the path belongs to this update."""
+        return self.path is not None or self._at is not None and step.bit_count() == 1
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

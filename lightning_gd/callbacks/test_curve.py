@@ -29,7 +29,6 @@ class TestCurve(Callback):
             batch, and the first of each epoch of mini-batches.
     """
 
-    called_directly = True  # by `UpdatesOfStep`
     __test__ = False  # tells pytest that this is no test
 
     def __init__(self, every_n_updates: int | None = None) -> None:
@@ -52,10 +51,14 @@ class TestCurve(Callback):
             if isinstance(loader, GlobalBatches) and not (self.every_n_updates or data.full_batch):
                 self._every = loader.updates_per_epoch
 
+    def looks_at(self, step: int) -> bool:
+        """Tell whether the test loss before this update is wanted."""
+        return self._batch is not None and step % self._every == 0
+
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: GradientDescentModule, optimizer: Optimizer
     ) -> None:
-        if self._batch is None or trainer.global_step % self._every:
+        if not self.looks_at(trainer.global_step):
             return
         weights = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._kept.append((trainer.global_step, weights))
