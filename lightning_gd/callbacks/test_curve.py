@@ -58,7 +58,7 @@ class TestCurve(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: GradientDescentModule, optimizer: Optimizer
     ) -> None:
-        if not self.looks_at(trainer.global_step):
+        if self._batch is None or not self.looks_at(trainer.global_step):
             return
         weights = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._kept.append((trainer.global_step, weights))
