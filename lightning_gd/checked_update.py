@@ -53,10 +53,12 @@ class Update:
     def part(self, batch: Any, batch_idx: int, state: RandomState | None) -> Part:
         """Return a local batch, and how a copy of the module is asked for its loss."""
         content = batch.content if isinstance(batch, DataBatch) else batch
-        if isinstance(batch, MomentsBatch):  # the local rows that they stand for
+        if isinstance(batch, MomentsBatch):
             data: Any = tensor_data(self.trainer)
-            content = move_data_to_device(data.local("train"), self.module.device)
-        weight = self.module.rows(content) if self.own else 1.0
+            content = move_data_to_device(data.like_moments("train"), self.module.device)
+            weight = batch.rows(self.module)
+        else:
+            weight = self.module.rows(content) if self.own else 1.0
         loss, scaled = self._loss(batch_idx), self._scaling(weight)
         return Part(content, loss, weight, state, scaled, pure=self.explicit)
 

@@ -206,7 +206,7 @@ class CommandLine(LightningCLI):
         data.prepare_data()
         data.setup("fit")
         tables = isinstance(data, TensorDataModule)
-        batch = data.local("train") if tables else next(iter(data.train_dataloader()))
+        batch = data.sample("train") if tables else next(iter(data.train_dataloader()))
         report = check_gradients(self.model, draw(batch, CHECKED, seed=0))
         print_report(report, f"The gradient of {type(self.model).__name__}")
         report.raise_if_wrong()

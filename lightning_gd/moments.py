@@ -1,21 +1,16 @@
 """Moments of a table: all that a least-squares loss and its gradients depend on."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_gd import arrow
 from lightning_gd.batch import Batch, is_current
-
-# Bytes less 128 lie in [-128, 127]. Over 1,024 rows their products add up to at most
-# 128²·1024 = 2²⁴, and float32 holds every integer up to there: the sums are exact.
-ROWS, BYTE_SHIFT = 1024, 128
-PANEL = 256  # rows of the symmetric product computed at once, each from the diagonal on
+from lightning_gd.sums import sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,21 +68,38 @@ class Moments:
         Raises:
             ValueError: For other shapes, complex numbers, NaN and infinities.
         """
-        shift = _shift(x, y)
-        total, products = torch.zeros_like(shift), torch.zeros_like(torch.outer(shift, shift))
-        with _bfloat16_products():
-            for start in range(0, len(y), ROWS):
-                rows = _shifted_rows(x, y, start, shift)
-                total += rows.sum(0)
-                for i in range(0, len(shift), PANEL):
-                    part = rows.new_empty(0)  # autocast leaves products with out= alone
-                    torch.mm(rows[:, i : i + PANEL].T, rows[:, i:], out=part)
-                    products[i : i + PANEL, i:] += part
-        products, n = products.triu() + products.triu(1).T, max(len(y), 1)
+        return cls.of_blocks([(x, y)])
+
+    @classmethod
+    @torch.no_grad()
+    def of_blocks(cls, blocks: Iterable[tuple[Any, Any]]) -> "Moments":
+        """Read a table that comes in blocks `(x, y)` of rows, as `of` reads one, in bounded memory.
+
+        Raises:
+            ValueError: As in `of`, and if there is no block.
+        """
+        count, shift, total, products = sums(blocks)
+        products, n = products.triu() + products.triu(1).T, max(count, 1)
         cov = (n * products - torch.outer(total, total)) / n**2  # exact up to the division
         if not cov.isfinite().all():
             raise ValueError("x and y must be finite numbers whose squares do not overflow float64")
-        return cls(len(y), (total + n * shift) / n, cov)
+        return cls(count, (total + n * shift) / n, cov)
+
+    @classmethod
+    def of_arrow(cls, source: Any, target: str, features: Sequence[str] | None = None) -> "Moments":
+        """Read Arrow batches once, one at a time: of DuckDB, Polars, pandas, a dataset's reader.
+
+        Args:
+            source: Any object with the method `__arrow_c_stream__`.
+            target: Name of the column y.
+            features: Names of the columns of x; None for all others, in their order.
+
+        Raises:
+            ValueError: For a name that is no column, nulls, columns that are no real numbers, and
+                as in `of`.
+            ImportError: Without pyarrow, the extra `arrow` of this package.
+        """
+        return cls.of_blocks(arrow.blocks(source, target, features))
 
     def reduce(self, reduce_sum: Callable[[Tensor], Tensor]) -> "Moments":
         """Return the moments of all processes' rows; `reduce_sum` adds up a flat tensor of each."""
@@ -96,6 +108,13 @@ class Moments:
         mean = sums[:-1] / max(n, 1)
         squares = (self.cov + torch.outer(self.mean - mean, self.mean - mean)) * self.n
         return Moments(n, mean, reduce_sum(squares.flatten()).view_as(squares) / max(n, 1))
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        """Return 2(D+1) rows x, y with these moments: mean ± √(D+1) times the columns of √cov."""
+        values, vectors = torch.linalg.eigh(self.cov)
+        distances = (vectors * (values.clamp(min=0) * len(values)).sqrt()).T
+        z = torch.cat([self.mean + distances, self.mean - distances])
+        return z[:, :-1], z[:, -1]
 
     def affine(self, scale: Tensor | float, shift: Tensor | float) -> "Moments":
         """Return the moments of (x·scale + shift, y): one number each, or shape [D]."""
@@ -176,43 +195,3 @@ def rank_tolerance(size: int) -> float:
     # On digits the rounding lies at 1e-17 and the smallest true eigenvalues at 2e-12: a coarser
     # cut would drop pixels that are lit in a single picture.
     return max(size, 32) * torch.finfo(torch.float64).eps
-
-
-def _shift(x: Any, y: Any) -> Tensor:
-    """Return a number near the mean of each column, [D+1]: whole for integers, 128 for bytes."""
-    inputs, targets = _part(x, 0), _part(y, 0)
-    fits = inputs.ndim == 2 and targets.ndim == 1 and len(x) == len(y)
-    if not fits or inputs.is_complex() or targets.is_complex():
-        raise ValueError(f"x {list(x.shape)}, y {list(y.shape)} must be real [N, D] and [N] tables")
-    rows = torch.cat([inputs.double(), targets[:, None].to(inputs.device).double()], dim=1)
-    first = rows[:1].sum(0)  # so that a constant column becomes exactly 0; 0 without rows
-    shift = first + ((rows - first).sum(0) / max(len(rows), 1)).round()
-    if inputs.dtype == torch.uint8:
-        shift[:-1] = BYTE_SHIFT
-    return shift
-
-
-def _shifted_rows(x: Any, y: Any, start: int, shift: Tensor) -> Tensor:
-    """Return rows (x, y) − shift, [n, D+1]: in float32 if its products are exact, else float64."""
-    inputs, targets = _part(x, start), _part(y, start).to(shift) - shift[-1]
-    small = (targets == targets.round()) & (targets.abs() <= BYTE_SHIFT)
-    dtype = torch.float32 if inputs.dtype == torch.uint8 and small.all() else torch.float64
-    return torch.cat([inputs.to(dtype) - shift[:-1].to(dtype), targets.to(dtype)[:, None]], dim=1)
-
-
-def _part(table: Any, start: int) -> Tensor:
-    """Return some rows as a tensor; of an array only these rows are copied."""
-    part = table[start : start + ROWS]
-    part = part if isinstance(part, Tensor) else torch.tensor(part)
-    return part.cpu() if part.device.type == "mps" else part  # MPS has no float64
-
-
-@contextmanager
-def _bfloat16_products() -> Iterator[None]:
-    """Multiply float32 by bfloat16 units where there are any; they are exact for bytes less 128."""
-    matmul: Any = getattr(torch.backends.mkldnn, "matmul", SimpleNamespace(fp32_precision="none"))
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"  # from torch 2.9 on
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

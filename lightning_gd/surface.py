@@ -63,6 +63,7 @@ class WeightPath:
         if quadratic:
             loss = partial(_from_moments, table.moments())
         else:
+            table = table.in_memory(most)
             rows = table.part(slice(None, None, -(-len(table) // most))).use(table.dtype).local()
             loss = partial(self._from_rows, as_batch(rows).to(self._module.device))
         weights = torch.stack(self.weights).double().cpu()

@@ -4,6 +4,8 @@ Each is `name: (words of the command line, regular expression of the answer)`. T
 after those of a run of three updates of the line y = 2x, in a folder with the files of `written`.
 """
 
+import io
+
 import numpy as np
 from test_mnist_files import idx, small_files
 
@@ -62,6 +64,7 @@ def of_numbers(numbers, answer):
 RIDGE, MLP = ["--model", "lightning_gd.RidgeRegression"], ["--model", "lightning_gd.ParityMLP"]
 LINE, DIGITS = ["--config", "linear"], ["--config", "parity"]
 TABLE = ["--config", "table", "--data.target", "y", "--data.path"]
+ARRAYS = ["--config", "arrays.yaml"]
 MINI = ["--data.batch_size", "2", "--data.passes_per_epoch", "1"]
 
 WRONG = {
@@ -142,6 +145,37 @@ WRONG = {
     "fraction": ([*TABLE, "good.csv", "--data.test_fraction", "1"], "test_fraction=1.0"),
     "fraction nan": ([*TABLE, "good.csv", "--data.test_fraction", ".nan"], "test_fraction=nan"),
     "table's width": ([*TABLE, "good.csv", "--model.num_features", "3"], "num_features=3 .*1"),
+    # Arrays
+    "object array": ([*ARRAYS, "--data.x", "objects.npy"], "objects.npy is no array of numbers"),
+    "pickle": ([*ARRAYS, "--data.x", "mine.txt"], "mine.txt is no array .*Python objects"),
+    "empty array file": ([*ARRAYS, "--data.x", "empty.csv"], "empty.csv is no array"),
+    "archive": ([*ARRAYS, "--data.x", "x.npz"], "x.npz is an archive of arrays"),
+    "cut array": ([*ARRAYS, "--data.x", "cut.npy"], "cut.npy is no array of numbers"),
+    "Fortran": ([*ARRAYS, "--data.x", "fortran.npy"], "fortran.npy .*Fortran order.*ascontig"),
+    "complex": ([*ARRAYS, "--data.x", "complex.npy"], "complex.npy .*complex64.* must be real"),
+    "words": ([*ARRAYS, "--data.y", "words.npy"], "words.npy .*<U5.* must be real"),
+    "scalar": ([*ARRAYS, "--data.y", "scalar.npy"], r"scalar.npy has shape \[\] .*one row"),
+    "0 rows": ([*ARRAYS, "--data.x", "none.npy"], r"none.npy has shape \[0, 2\] .*one row"),
+    "rows of arrays": ([*ARRAYS, "--data.y", "short.npy"], "got 4 in x.npy and 3 in short.npy"),
+    "test_y": ([*ARRAYS, "--data.test_x", "x.npy"], "test_x='x.npy', test_y=None .*set both"),
+    "test rows twice": (
+        [
+            *ARRAYS,
+            "--data.test_x",
+            "x.npy",
+            "--data.test_y",
+            "y.npy",
+            "--data.test_fraction",
+            "0.5",
+        ],
+        "test_fraction=0.5: set both files, or the fraction alone",
+    ),
+    "buffer": ([*ARRAYS, "--data.buffer_rows", "0"], "buffer_rows=0 must be an integer of at"),
+    "test columns": (
+        [*ARRAYS, "--data.test_x", "y.npy", "--data.test_y", "y.npy"],
+        r"a row of y.npy has shape \[1\], and of x.npy \[2\]",
+    ),
+    "array's width": ([*ARRAYS, "--model.num_features", "3"], "num_features=3 .*2"),
     # YAML
     "broken YAML": (["--config", "broken.yaml"], "broken.yaml is not YAML: .* line 2, column 1"),
     "tab": (["--config", "tab.yaml"], "tab.yaml is not YAML: .* line 2, column 1"),
@@ -191,6 +225,13 @@ READ = {
     "no rows": ([*TABLE, "header.csv"], "header.csv has a header and no rows"),
     "ragged": ([*TABLE, "ragged.csv"], "ragged.csv cannot be read as a table"),
     "one row": ([*TABLE, "one.csv"], "test_fraction=0.2 leaves no row of one.csv"),
+    "whole file": ([*ARRAYS, "--data.buffer_rows", "3"], "batch_size=None would read the 4 rows"),
+    "array's fraction": ([*ARRAYS, "--data.test_fraction", "0.9"], "leaves no row of x.npy, y.npy"),
+    "nan in an array": ([*ARRAYS, "--data.x", "nan.npy"], r"x\[1, 0\] of the train rows is nan"),
+    "nan on disk": (
+        [*ARRAYS, "--data.x", "nan.npy", "--data.buffer_rows", "3", "--data.batch_size", "2"],
+        r"x\[1, 0\] of nan.npy, y.npy is nan",
+    ),
     "no loss": (["--model", "bad_own.NoLoss"], "NoLoss must define loss"),
     "no formula": (["--model", "bad_own.NoFormula"], "NoFormula must define gradients"),
     "own width": (["--model", "bad_own.Wide"], r"Wide cannot take the data, whose x is \[N, 1\]"),
@@ -206,6 +247,8 @@ FULL = ["--config", "parity_full", "--data.download", "false", "--data.root"]
 FAILED = {
     "no data": ([*FULL, "nowhere"], "nowhere/MNIST/raw/train-images-idx3-ubyte is missing"),
     "no table": ([*TABLE, "nowhere.csv"], "nowhere.csv"),
+    "no array": ([*ARRAYS, "--data.x", "nowhere.npy"], "nowhere.npy"),
+    "a folder for an array": ([*ARRAYS, "--data.x", "."], r"\. is a folder: give a file"),
     "a folder for a table": ([*TABLE, "."], r"\."),
     "no checkpoint": (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
     "logs in a file": (["--trainer.default_root_dir", "mine.txt"], "mine.txt"),
@@ -291,6 +334,34 @@ FILES = {
     "ragged.csv": "a,y\n1,2,3\n2,4\n",
     "twice.csv": "a,a,y\n1,2,3\n",
     "one.csv": "a,y\n1,2\n",
+    "arrays.yaml": """
+model: {class_path: lightning_gd.LinearRegression}
+data: {class_path: lightning_gd.ArrayData, init_args: {x: x.npy, y: y.npy}}
+""",
+}
+
+
+def saved(values, save=np.save):
+    """The bytes of a file that NumPy writes."""
+    file = io.BytesIO()
+    save(file, values)
+    return file.getvalue()
+
+
+X = np.array([[1, 0], [2, 1], [3, 0], [4, 1]], np.float32)
+FILES |= {
+    "x.npy": saved(X),
+    "y.npy": saved(X[:, 0]),
+    "short.npy": saved(X[:3, 0]),
+    "none.npy": saved(X[:0]),
+    "nan.npy": saved(np.where(X == 2, np.nan, X)),
+    "cut.npy": saved(X)[:-1],
+    "fortran.npy": saved(np.asfortranarray(X)),
+    "complex.npy": saved(X * np.complex64(1j)),
+    "objects.npy": saved(np.array([[1, None]] * 4)),
+    "words.npy": saved(np.array(["three"] * 4)),
+    "scalar.npy": saved(np.array(1.0)),
+    "x.npz": saved(X, np.savez),
 }
 
 # Folders with the four files of MNIST, one of them damaged.

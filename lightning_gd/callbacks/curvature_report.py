@@ -134,8 +134,7 @@ def _at_the_start(trainer: Trainer, module: GradientDescentModule, batch: Any) -
     """Return the report of λmax of the Hessian at the present weights, over some local rows."""
     h, data, first = module.hparams, tensor_data(trainer), as_batch(next(iter(batches_of(batch))))
     if data is not None:
-        rows = tuple(part[:MOST_ROWS] for part in data.local("train"))
-        first = as_batch(rows).to(module.device)
+        first = as_batch(data.sample("train", MOST_ROWS)).to(module.device)
     count = first.rows(module)
     where = f"at the start, on {count:g} rows"
     try:

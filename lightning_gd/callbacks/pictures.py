@@ -71,7 +71,7 @@ class Pictures(Callback):
             board.add_text("run", description(pl_module))
         if data is None:
             return
-        train = data.tables["train"]
+        train = data.tables["train"].in_memory(MOST_ROWS)
         if train.raw.shape[1:] == (1,) and train.y.ndim == 1 and train.x.is_floating_point():
             self._at = torch.linspace(float(train.x.min()), float(train.x.max()), 101)[:, None]
 
@@ -164,7 +164,7 @@ def _publish(trainer: Trainer, file: Path) -> None:
 
 def _points(tables: dict[str, Table]) -> tuple[Tensor, Tensor]:
     """Return the only feature and the target of some training rows, shape [N] each."""
-    train = tables["train"]
+    train = tables["train"].in_memory(MOST_ROWS)
     return train.x[:MOST_ROWS, 0], train.y[:MOST_ROWS]
 
 

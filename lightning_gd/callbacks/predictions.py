@@ -43,7 +43,8 @@ class Predictions(Callback):
         found = reduce_sum(self._found).cpu()
         if not trainer.is_global_zero:
             return
-        numbers, target = getattr(data, "test_lines", range(len(found))), data.tables["test"].y
+        target = data.tables["test"].targets()
+        numbers = getattr(data, "test_lines", range(len(found)))
         rows: list[tuple[Any, ...]] = [("row", "target", "prediction")]
         for i in found[:, -1].nonzero().flatten().tolist():
             rows.append((numbers[i], _cell(target[i]), _cell(found[i, :-1])))

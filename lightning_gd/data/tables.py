@@ -11,7 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
-from lightning_gd.batch import TakesUpdates, Updates
+from lightning_gd.batch import Batch, TakesUpdates, Updates, as_batch
 from lightning_gd.moments import Moments
 
 
@@ -31,6 +31,7 @@ class Table:
     scale: float = 1.0
     shift: float = 0.0
     labels: Tensor | None = None  # what pictures call the rows, such as digits, shape [N]
+    floats: bool = False  # whether integers become floats, too
 
     def __post_init__(self) -> None:
         shapes = f"got x {list(self.raw.shape)}, y {list(self.y.shape)}"
@@ -42,17 +43,27 @@ class Table:
         self._dtype: torch.dtype | None = None
         self._x: Tensor | None = None
         self._moments: dict[tuple[int, int], Moments] = {}
+        self.y = self._cast(self.y)
 
     def __len__(self) -> int:
         return len(self.y)
 
     @property
     def x(self) -> Tensor:
-        if self._x is None and (self.scale, self.shift) == (1.0, 0.0):
-            self._x = _cast(self.raw, self._dtype)
-        elif self._x is None:
-            self._x = self.raw.to(self.dtype, copy=True).mul_(self.scale).add_(self.shift)
+        if self._x is None:
+            self._x = self.inputs(self.raw)
         return self._x
+
+    def inputs(self, raw: Tensor) -> Tensor:
+        """Return x of some raw rows."""
+        if (self.scale, self.shift) == (1.0, 0.0):
+            return self._cast(raw)
+        return raw.to(self.dtype, copy=True).mul_(self.scale).add_(self.shift)
+
+    def _cast(self, values: Tensor) -> Tensor:
+        if self.floats and not values.is_floating_point():
+            return values.to(self.dtype)
+        return values.to(self._dtype) if self._dtype and values.is_floating_point() else values
 
     @property
     def dtype(self) -> torch.dtype:  # of inputs as floats
@@ -62,13 +73,14 @@ class Table:
         """Convert floating inputs and targets to `dtype`; None gives them as they came."""
         if dtype != self._dtype:
             self._dtype, self._x = dtype, None
-            self.y = _cast(self._targets, dtype)
+            self.y = self._cast(self._targets)
         return self
 
     def part(self, rows: slice) -> "Table":
         """Return the table of some rows, which shares the memory of this one."""
         labels = None if self.labels is None else self.labels[rows]
-        return Table(self.raw[rows], self._targets[rows], self.scale, self.shift, labels)
+        form = self.scale, self.shift, labels, self.floats
+        return Table(self.raw[rows], self._targets[rows], *form)
 
     def local(self, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         """Return x and y of one process: every `world`-th row from row `rank` on."""
@@ -81,27 +93,90 @@ class Table:
             self._moments[rank, world] = raw.affine(self.scale, self.shift) if raw.n else raw
         return self._moments[rank, world]
 
+    def batch(self, rank: int = 0, world: int = 1) -> Batch:
+        """Return the rows of one process as one batch."""
+        return as_batch(self.local(rank, world))
 
-def _cast(values: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return values.to(dtype) if dtype and values.is_floating_point() else values
+    def sample(
+        self, most: int | None = None, rank: int = 0, world: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Return x and y of at most so many rows of one process; of rows on disk, of a window."""
+        x, y = self.local(rank, world)
+        return x[:most], y[:most]
+
+    def like_moments(self, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        """Return rows that have the moments of the rows of one process: those rows."""
+        return self.local(rank, world)
+
+    def in_memory(self, most: int) -> "Table":
+        """Return a table in memory for pictures: this one; of rows on disk at most so many."""
+        return self
+
+    def targets(self) -> Tensor:
+        """Return y of all rows, shape [N, ...]."""
+        return self.y
+
+    def check_finite(self, part: str, targets: bool) -> None:
+        """Raise ValueError for the first number that is not finite in the precision of the run."""
+        x = self.x if self.raw.is_floating_point() else self.raw
+        for name, values in (("x", x), ("y", self.y))[: 1 + targets]:
+            check_finite(name, values, f"the {part} rows")
+
+    def order(self, seed: int | None, epoch: int) -> "Order":
+        """Return the rows in the order of an epoch; None keeps that of the table."""
+        return Order(self, seed, epoch)
+
+
+class Order:
+    """The rows of a table in the order of one epoch, a function of (seed, epoch)."""
+
+    def __init__(self, table: Table, seed: int | None, epoch: int) -> None:
+        self.table, count = table, len(table)
+        self.rows = torch.arange(count) if seed is None else permutation(count, seed, epoch)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Return the rows at some places of the order."""
+        return self.rows[part]
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and y of these rows."""
+        return self.table.x.index_select(0, rows), self.table.y.index_select(0, rows)
+
+
+def permutation(count: int, seed: int, *key: int) -> Tensor:
+    """Return the numbers below `count` in an order that is a function of the other arguments."""
+    # A torch generator would keep 32 bits of one number; this takes several, of any size.
+    source = np.random.SeedSequence(seed, spawn_key=key)
+    return torch.from_numpy(np.random.default_rng(source).permutation(count))
+
+
+def check_finite(name: str, values: Tensor, where: str, first: int = 0) -> None:
+    """Raise ValueError for the first number that is not finite; the rows count from `first`."""
+    if not len(values) or not values.is_floating_point():
+        return
+    if not torch.stack(values.aminmax()).isfinite().all():
+        at = values.isfinite().logical_not().nonzero()[0].tolist()
+        place = [at[0] + first, *at[1:]]
+        raise ValueError(
+            f"{name}{place} of {where} is {values[tuple(at)]}: every number must be finite"
+        )
 
 
 class GatheredUpdates(Updates):
     """Mini-batches of one step, gathered one by one so that their rows stay in the cache."""
 
-    def __init__(self, table: Table, local_rows: list[Tensor]) -> None:
+    def __init__(self, order: Order, local_rows: list[Tensor]) -> None:
         super().__init__(local_rows)
-        self.table = table
+        self.order = order
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        rows = self.batches[number]
-        return self.table.x.index_select(0, rows), self.table.y.index_select(0, rows)
+        return self.order.take(self.batches[number])
 
     def to(self, device: torch.device | str) -> Updates:
-        if torch.device(device) == self.table.y.device:
+        if torch.device(device) == self.batches[0].device:
             return self
         rows, sizes = torch.cat(list(self.batches)), [len(batch) for batch in self.batches]
-        x, y = (t.index_select(0, rows).to(device) for t in (self.table.x, self.table.y))
+        x, y = (values.to(device) for values in self.order.take(rows))
         return Updates(list(zip(x.split(sizes), y.split(sizes), strict=True)))
 
 
@@ -179,14 +254,8 @@ class GlobalBatches:
             return epoch, update * self.per_update
         return self.trainer.current_epoch if self.trainer else 0, 0
 
-    def _order(self, epoch: int) -> Tensor | None:
-        if self.rows == len(self.table):
-            return None
-        if self.seed is None:
-            return torch.arange(len(self.table))
-        # A torch generator would keep 32 bits of one number; this takes two, of any size.
-        source = np.random.SeedSequence(self.seed, spawn_key=(epoch,))
-        return torch.from_numpy(np.random.default_rng(source).permutation(len(self.table)))
+    def _order(self, epoch: int) -> Order | None:
+        return None if self.rows == len(self.table) else self.table.order(self.seed, epoch)
 
     def _full(self, count: int) -> Any:
         if self.whole is None:
@@ -195,8 +264,9 @@ class GlobalBatches:
             self.whole = move_data_to_device(self.whole, self.trainer.strategy.root_device)
         return self.whole if count == 1 else Updates([self.whole] * count)
 
-    def _mini(self, order: Tensor, first: int, last: int) -> Any:
+    def _mini(self, order: Order, first: int, last: int) -> Any:
         rank, world = self.process
-        batches = order[first * self.rows : last * self.rows].split(self.rows)
-        updates = GatheredUpdates(self.table, [rows[rank::world] for rows in batches])
+        places = range(first * self.rows, last * self.rows, self.rows)
+        local = [order[place : place + self.rows][rank::world] for place in places]
+        updates = GatheredUpdates(order, local)
         return updates if len(updates) > 1 else next(iter(updates))

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor
 
-from lightning_gd.batch import Batch, as_batch
+from lightning_gd.batch import Batch
 from lightning_gd.data.tables import GlobalBatches, Table
 from lightning_gd.moments import Moments, MomentsBatch, takes_moments
 from lightning_gd.settings import SEEDS, whole_number
@@ -71,7 +71,7 @@ class TensorDataModule(LightningDataModule):
         for part, table in self.tables.items():
             table.use(self._dtype)
             if first:
-                _check_finite(part, table, targets=stage != "predict")
+                table.check_finite(part, targets=stage != "predict")
         if stage == "fit" and self.trainer is not None:
             _check_finders(self.trainer, self)
         if stage == "validate" and "val" not in self.tables:
@@ -104,6 +104,14 @@ class TensorDataModule(LightningDataModule):
         """Return x [n, ...] and y [n, ...] of the local rows, in the precision of the run."""
         return self.tables[part].local(*self._process)
 
+    def sample(self, part: str, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return x and y of at most so many local rows; of rows on disk, of one window."""
+        return self.tables[part].sample(most, *self._process)
+
+    def like_moments(self, part: str) -> tuple[Tensor, Tensor]:
+        """Return rows with the moments of the local rows: these, or fewer if they are on disk."""
+        return self.tables[part].like_moments(*self._process)
+
     def moments_of(self, part: str) -> Moments:
         """Return the moments of the local rows in float64."""
         return self.tables[part].moments(*self._process)
@@ -112,7 +120,7 @@ class TensorDataModule(LightningDataModule):
         """Return the local rows as one batch: their moments where `moments` is set."""
         if self.moments:
             return MomentsBatch(self.moments_of(part).to(dtype=self.tables[part].dtype))
-        return as_batch(self.local(part))
+        return self.tables[part].batch(*self._process)
 
     def train_dataloader(self) -> GlobalBatches:
         trainer: Any = self.trainer
@@ -175,14 +183,3 @@ def _check_finders(trainer: Any, data: TensorDataModule) -> None:
             )
         if issubclass(kind, BatchSizeFinder) and small:
             raise ValueError(f"{kind.__name__} needs --data.batch_size and --data.num_val")
-
-
-def _check_finite(part: str, table: Table, targets: bool) -> None:
-    """Raise ValueError for the first number that is not finite in the precision of the run."""
-    x = table.x if table.raw.is_floating_point() else table.raw
-    for name, values in (("x", x), ("y", table.y))[: 1 + targets]:
-        if values.is_floating_point() and not torch.stack(values.aminmax()).isfinite().all():
-            at = values.isfinite().logical_not().nonzero()[0].tolist()
-            raise ValueError(
-                f"{name}{at} of the {part} rows is {values[tuple(at)]}: every number must be finite"
-            )
