@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LARGEST = 1e150  # the squares of larger numbers overflow float64
+
 Block = tuple[Tensor, Tensor]  # x [n, D] and y [n]
 
 
@@ -38,11 +40,13 @@ def blocks(source: Any, target: str, features: Sequence[str] | None = None) -> I
         first += len(batch)
 
 
-def choose(where: str, schema: Any, target: str, features: Sequence[str] | None) -> list[str]:
+def choose(
+    where: str, schema: Any, target: str | None, features: Sequence[str] | None
+) -> list[str]:
     """Return the names of the features; raise ValueError for columns that are not there."""
     names = schema.names
     chosen = [name for name in names if name != target] if features is None else list(features)
-    for name in (target, *chosen):
+    for name in (*chosen, *([target] if target else [])):
         if names.count(name) != 1:
             what = "has no column" if name not in names else f"has {names.count(name)} columns"
             raise ValueError(f"{where} {what} {name!r}: its columns: {', '.join(names)}")
@@ -54,16 +58,15 @@ def choose(where: str, schema: Any, target: str, features: Sequence[str] | None)
     return chosen
 
 
-def block(table: Any, target: str, features: Sequence[str], where: str, first: int) -> Block:
-    """Return some rows of a table or batch, which is row `first` of `where` and those after it.
+def block(table: Any, target: str | None, features: Sequence[str], where: str, first: int) -> Block:
+    """Return the rows of a table or batch, those of `where` from row `first` on, as tensors.
 
     Raises:
         ValueError: For a null or a column that is no real number, with its place.
     """
-    x = [_column(table, name, where, first) for name in features]
-    return torch.from_numpy(np.column_stack(x)), torch.from_numpy(
-        _column(table, target, where, first)
-    )
+    x = np.column_stack([_column(table, name, where, first) for name in features])
+    y = _column(table, target, where, first) if target else np.full(len(x), np.nan)
+    return torch.from_numpy(x), torch.from_numpy(y)
 
 
 def _column(table: Any, name: str, where: str, first: int) -> np.ndarray:
@@ -76,4 +79,10 @@ def _column(table: Any, name: str, where: str, first: int) -> np.ndarray:
     if column.null_count:
         row = column.is_null().to_numpy(zero_copy_only=False).argmax() + first
         raise ValueError(f"{where}, row {row}, column {name!r}: the cell is empty")
-    return np.array(column.to_numpy(zero_copy_only=False))
+    values = np.array(column.to_numpy(zero_copy_only=False))
+    if values.dtype.kind == "f" and (bad := ~(np.abs(values, dtype="f8") < LARGEST)).any():
+        row = bad.argmax()
+        raise ValueError(
+            f"{where}, row {row + first}, column {name!r}: '{values[row]}' is not a finite number"
+        )
+    return values

@@ -111,8 +111,10 @@ class Moments:
 
     def example(self) -> tuple[Tensor, Tensor]:
         """Return 2(D+1) rows x, y with these moments: mean ± √(D+1) times the columns of √cov."""
-        values, vectors = torch.linalg.eigh(self.cov)
-        distances = (vectors * (values.clamp(min=0) * len(values)).sqrt()).T
+        deviation = self.cov.diagonal().clamp(min=0).sqrt()  # so that units cost no digits
+        inverse = torch.where(deviation > 0, 1 / deviation, 0.0)
+        values, vectors = torch.linalg.eigh(self.cov * torch.outer(inverse, inverse))
+        distances = (vectors * (values.clamp(min=0) * len(values)).sqrt()).T * deviation
         z = torch.cat([self.mean + distances, self.mean - distances])
         return z[:, :-1], z[:, -1]
 

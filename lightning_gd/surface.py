@@ -63,8 +63,9 @@ class WeightPath:
         if quadratic:
             loss = partial(_from_moments, table.moments())
         else:
-            table = table.in_memory(most)
-            rows = table.part(slice(None, None, -(-len(table) // most))).use(table.dtype).local()
+            x, y = table.sample()
+            apart = -(-len(y) // most)
+            rows = x[::apart], y[::apart]
             loss = partial(self._from_rows, as_batch(rows).to(self._module.device))
         weights = torch.stack(self.weights).double().cpu()
         with isolate_rng():

@@ -7,6 +7,7 @@ after those of a run of three updates of the line y = 2x, in a folder with the f
 import io
 
 import numpy as np
+import pandas
 from test_mnist_files import idx, small_files
 
 # Every option that takes a number, with values that it must refuse and the word for it.
@@ -142,6 +143,9 @@ WRONG = {
     "features": ([*TABLE, "good.csv", "--data.features", "[b]"], "no column 'b'.*a, y"),
     "separator": ([*TABLE, "good.csv", "--data.separator", "::"], "separator='::'"),
     "other separator": ([*TABLE, "good.csv", "--data.separator", ";"], "separator right"),
+    "not Parquet": ([*TABLE, "mine.parquet"], "mine.parquet is no Parquet file"),
+    "Parquet target": ([*TABLE, "null.parquet", "--data.target", "z"], "no column 'z'.*a, b, y"),
+    "Parquet buffer": ([*TABLE, "null.parquet", "--data.buffer_rows", "0"], "buffer_rows=0 must"),
     "fraction": ([*TABLE, "good.csv", "--data.test_fraction", "1"], "test_fraction=1.0"),
     "fraction nan": ([*TABLE, "good.csv", "--data.test_fraction", ".nan"], "test_fraction=nan"),
     "table's width": ([*TABLE, "good.csv", "--model.num_features", "3"], "num_features=3 .*1"),
@@ -224,6 +228,12 @@ READ = {
     "empty cell": ([*TABLE, "hole.csv"], "hole.csv, line 3, column 'y': the cell is empty"),
     "no rows": ([*TABLE, "header.csv"], "header.csv has a header and no rows"),
     "ragged": ([*TABLE, "ragged.csv"], "ragged.csv cannot be read as a table"),
+    "null": ([*TABLE, "null.parquet"], "null.parquet, row 1, column 'a': the cell is empty"),
+    "text": (
+        [*TABLE, "null.parquet", "--data.features", "[b]"],
+        "column 'b': (large_)?string is no",
+    ),
+    "row groups": ([*TABLE, "*.parquet", "--data.buffer_rows", "1"], "mine.parquet is no Parquet"),
     "one row": ([*TABLE, "one.csv"], "test_fraction=0.2 leaves no row of one.csv"),
     "whole file": ([*ARRAYS, "--data.buffer_rows", "3"], "batch_size=None would read the 4 rows"),
     "array's fraction": ([*ARRAYS, "--data.test_fraction", "0.9"], "leaves no row of x.npy, y.npy"),
@@ -249,6 +259,7 @@ FAILED = {
     "no table": ([*TABLE, "nowhere.csv"], "nowhere.csv"),
     "no array": ([*ARRAYS, "--data.x", "nowhere.npy"], "nowhere.npy"),
     "a folder for an array": ([*ARRAYS, "--data.x", "."], r"\. is a folder: give a file"),
+    "no Parquet": ([*TABLE, "no/*.parquet"], "no/[*].parquet: there is no such file"),
     "a folder for a table": ([*TABLE, "."], r"\."),
     "no checkpoint": (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
     "logs in a file": (["--trainer.default_root_dir", "mine.txt"], "mine.txt"),
@@ -334,6 +345,8 @@ FILES = {
     "ragged.csv": "a,y\n1,2,3\n2,4\n",
     "twice.csv": "a,a,y\n1,2,3\n",
     "one.csv": "a,y\n1,2\n",
+    "mine.parquet": "mine",
+    "null.parquet": pandas.DataFrame({"a": [1, None], "b": ["x", "y"], "y": [1, 2]}).to_parquet(),
     "arrays.yaml": """
 model: {class_path: lightning_gd.LinearRegression}
 data: {class_path: lightning_gd.ArrayData, init_args: {x: x.npy, y: y.npy}}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 PHASES = {
     "between two steps": (),
-    "choosing the rows": ("lightning_gd.data.tables", "GlobalBatches", "_mini"),
+    "choosing the rows": ("lightning_gd.data.loader", "GlobalBatches", "_mini"),
     "updating": ("lightning_gd.module", "GradientDescentModule", "training_step"),
     "ending an epoch": ("lightning_gd.hooks", "RunHooks", "on_train_epoch_end"),
     "validating": ("lightning_gd.evaluation", "EvaluatedModule", "validation_step"),

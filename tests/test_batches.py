@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_gd.batch import batches_of
-from lightning_gd.data.tables import GlobalBatches, Table
+from lightning_gd.data.loader import GlobalBatches
+from lightning_gd.data.tables import Table
 
 
 def trainer_at(step=0, accumulate=1, several=True, callbacks=(), limit=math.inf):

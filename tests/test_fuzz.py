@@ -18,7 +18,7 @@ from test_modes import train
 from test_moments import noisy
 
 from lightning_gd import LinearRegression, Moments, ParityConv, ParityMLP
-from lightning_gd.data.tables import GlobalBatches
+from lightning_gd.data.loader import GlobalBatches
 from lightning_gd.distributed import RowMean
 
 PROPERTIES = {}  # name: the check of all its cases, and how many there are

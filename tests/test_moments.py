@@ -1,6 +1,10 @@
 """Moments against exact integers, the direct formula, numpy's lstsq and autograd, in float64."""
 
+import sys
+from dataclasses import replace
+
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -156,3 +160,86 @@ ONES = torch.ones(3, 2)
 def test_bad_tables_are_refused(x, y, words):
     with pytest.raises(ValueError, match=words):
         Moments.of(x, y)
+
+
+# Blocks and Arrow
+
+
+def test_blocks_of_any_size_are_one_table():
+    x, y = noisy(5000, 3)
+    cuts = [0, 0, 1, 1200, 1203, 5000]
+    blocks = [(x[a:b].numpy(), y[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    assert_same(Moments.of_blocks(iter(blocks)), Moments.of(x, y))
+    bytes_, odd = digits(3000)
+    parts = zip(bytes_.split(700), odd.split(700), strict=True)
+    assert torch.equal(Moments.of_blocks(parts).cov, exact(bytes_, odd)[1])
+    with pytest.raises(ValueError, match="need at least one block"):
+        Moments.of_blocks([])
+    with pytest.raises(ValueError, match=r"x \[3, 2\], y \[2\] must be real"):
+        Moments.of_blocks([(ONES, ONES[:, 0]), (ONES, ONES[:2, 0])])
+
+
+def test_a_few_rows_stand_for_many():
+    x, y = noisy(400, 6)
+    x[:, 4], x[:, 5] = 7, x[:, 0]
+    moments = Moments.of(x, 1e4 * y)
+    assert_same(replace(Moments.of(*moments.example()), n=400), moments)
+
+
+def arrow_table():
+    pa = pytest.importorskip("pyarrow")
+    x, y = noisy(3000, 4)
+    columns = [x[:, 0].float().numpy(), (x[:, 1] * 10).int().numpy(), x[:, 2].numpy() > 0]
+    named = dict(zip("abc", columns, strict=True), y=y.numpy())
+    named["cents"] = pa.array((x[:, 3] * 100).long().numpy()).cast(pa.decimal128(22, 2))
+    cents = (x[:, 3] * 100).long().double().numpy()
+    return pa, pa.table(named), np.column_stack([*columns, cents]), y
+
+
+SOURCES = {
+    "table": lambda pa, table: table,
+    "batches": lambda pa, table: pa.RecordBatchReader.from_batches(
+        table.schema, table.to_batches(max_chunksize=700)
+    ),
+    "pandas": lambda pa, table: table.to_pandas(types_mapper=pandas.ArrowDtype),
+    "polars": lambda pa, table: pytest.importorskip("polars").from_arrow(table),
+    "duckdb": lambda pa, table: pytest.importorskip("duckdb").from_arrow(table),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_arrow_batches(source):
+    pa, table, x, y = arrow_table()
+    moments = Moments.of_arrow(SOURCES[source](pa, table), "y")
+    assert_same(moments, Moments.of(x, y))
+    two = Moments.of_arrow(SOURCES[source](pa, table), "y", features=["c", "a"])
+    assert_same(two, Moments.of(x[:, [2, 0]], y))
+
+
+def test_an_arrow_stream_without_rows():
+    pa = pytest.importorskip("pyarrow")
+    empty = pa.schema({"a": pa.float32(), "y": pa.int8()}).empty_table()
+    assert (Moments.of_arrow(empty, "y").n, Moments.of_arrow(empty, "y").size) == (0, 1)
+
+
+def test_bad_arrow_streams_are_refused(monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    good = pa.table({"a": [1.0, 2.0], "y": [1, 2]})
+    null, words = pa.table({"a": [1, 2, None], "y": [1, 2, 3]}), pa.table({"a": ["x"], "y": [1]})
+    late = pa.table({"a": [1.0] * 5 + [float("nan")], "y": range(6)}).to_batches(max_chunksize=4)
+    stream = pa.RecordBatchReader.from_batches(late[0].schema, late)
+    for source, target, features, message in [
+        (good, "z", None, "the Arrow stream has no column 'z': its columns: a, y"),
+        (good, "y", ["a", "b"], "the Arrow stream has no column 'b'"),
+        (good, "y", ["a", "y"], r"features=\['a', 'y'\] must name .* without the target 'y'"),
+        (good, "y", [], r"features=\[\] must name one or more"),
+        (null, "y", None, "row 2, column 'a': the cell is empty"),
+        (words, "y", None, "column 'a': string is no type of real numbers"),
+        (stream, "y", None, "row 5, column 'a': 'nan' is not a finite number"),
+        ([1, 2], "y", None, "a list hands out no Arrow batches: it needs __arrow_c_stream__"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Moments.of_arrow(source, target, features)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"is read with pyarrow: .* 'lightning_gd\[arrow\]'"):
+        Moments.of_arrow(good, "y")

@@ -10,8 +10,8 @@ import torch
 from conftest import fit, normal, run, trainer_words
 
 from lightning_gd import ArrayData, LinearRegression, Moments
+from lightning_gd.data.loader import GlobalBatches
 from lightning_gd.data.streams import StreamedTable
-from lightning_gd.data.tables import GlobalBatches
 from lightning_gd.data.tensors import Table
 
 STREAMED = {"buffer_rows": 130, "test_fraction": 0.2, "num_val": 3}  # blocks of 2 rows

@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 
 from lightning_gd import ParityMLP, ParityRegressor, distributed
 from lightning_gd.callbacks.gradient_check import GradientCheck
+from lightning_gd.data.streams import StreamedTable
 from lightning_gd.data.tensors import Table, TensorDataModule
 from lightning_gd.gradcheck import GradientError
 
@@ -24,10 +25,31 @@ UPDATES = 60
 class OddRows(TensorDataModule):
     """41 rows of 6 features, with targets ±1, which no world but one divides; 11 to test."""
 
+    def __init__(self, window_rows=None, **settings):
+        super().__init__(**settings)
+        self.window_rows = window_rows  # as if they were on disk
+
     def load(self):
         x = torch.randn(52, 6, generator=torch.Generator().manual_seed(5)).double()
         table = Table(x, (x[:, 0] + 0.3 * x[:, 1].square() - 0.2).sign())
-        return {"train": table.part(slice(41)), "test": table.part(slice(41, None))}
+        parts = {"train": table.part(slice(41)), "test": table.part(slice(41, None))}
+        if self.window_rows is None:
+            return parts
+        return {k: StreamedTable(Blocks(t), self.window_rows) for k, t in parts.items()}
+
+
+class Blocks:
+    """Rows in memory as a source of blocks of 1, 3 and 4 rows in turn."""
+
+    name = "memory"
+
+    def __init__(self, table):
+        self.table, self.x, self.y = table, table.raw.to("meta"), table.y.to("meta")
+        bounds = (first + k for first in range(0, len(table), 8) for k in (0, 1, 4))
+        self.bounds = [*(bound for bound in bounds if bound < len(table)), len(table)]
+
+    def read(self, start, stop):
+        return self.table.raw[start:stop], self.table.y[start:stop]
 
 
 class Weighted(ParityRegressor):
@@ -77,6 +99,8 @@ CASES |= {
     "schedule": (SEVERAL, SCHEDULE),
     "accumulate": (SEVERAL, {"accumulate_grad_batches": 2, "momentum": 0.5}),
     "moments": ({**MOMENTS, "updates_per_step": 7}, {"momentum": 0.9}),
+    "on disk": ({**SEVERAL, "window_rows": 12, "num_val": 5}, {"momentum": 0.9}),
+    "on disk, moments": ({**MOMENTS, "window_rows": 12}, {"momentum": 0.9}),
     "moments auto": (MOMENTS, {"lr": "auto"}),
 }
 

@@ -6,12 +6,16 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_gd.callbacks.run_folder import write_csv
+from lightning_gd.curvature import Curvature
+from lightning_gd.data.streams import StreamedTable
 from lightning_gd.data.table import TableData
 from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.models.linear import LinearRegression
+from lightning_gd.moments import Moments
 
 MOST_SHOWN = 50  # coefficients printed; the file holds all
 HEADER = ("term", "coefficient", "least_squares", "difference", "standard_error")
@@ -69,6 +73,17 @@ def standard_errors(data: TableData, solution: Solution, trained: int) -> Tensor
     return lines.norm(dim=1) * (solution.deviation if unique else math.nan)
 
 
+def from_moments(moments: Moments, bias: bool) -> Solution:
+    """Return the solution for rows that are not in memory, with fewer correct digits."""
+    curvature, best = Curvature(moments.hessian(bias)), moments.optimum(bias)
+    rank, freedom = curvature.rank, moments.n - curvature.rank
+    lengths = (curvature.eigenvalues[-rank:] * moments.n / 2).sqrt()  # XᵀX = N/2 H
+    spread = pad(curvature.eigenvectors[:, -rank:] / lengths, (0, 0, 0, 1 - bias))
+    theta = pad(best.theta, (0, 1 - bias))
+    deviation = float(best.loss * moments.n / freedom) ** 0.5 if freedom else math.nan
+    return Solution(theta, curvature.condition_number, spread, deviation)
+
+
 class Coefficients(Callback):
     """After a fit on `TableData`: prints the coefficients and writes `coefficients.csv`.
 
@@ -80,12 +95,20 @@ class Coefficients(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data, model = tensor_data(trainer), dict(pl_module.named_parameters())
-        if not (trainer.is_global_zero and isinstance(data, TableData)):
-            return
-        if {"weight", "bias"} - set(model) or model["weight"].shape != (data.num_features,):
+        if not isinstance(data, TableData) or {"weight", "bias"} - set(model):
             return
         weight, bias, train = model["weight"], model["bias"], data.tables["train"]
-        best = least_squares(train.x.double(), train.y.double(), bias.requires_grad)
+        if weight.shape != (data.num_features,):
+            return
+        parts, moments = {"train", "test"} & data.tables.keys(), {}
+        if isinstance(train, StreamedTable):  # every process sums, also those that print nothing
+            moments = {part: data.summed(data.moments_of(part)) for part in sorted(parts)}
+        if not trainer.is_global_zero:
+            return
+        if moments:
+            best = from_moments(moments["train"], bias.requires_grad)
+        else:
+            best = least_squares(train.x.double(), train.y.double(), bias.requires_grad)
         exact = data.coefficients(best.theta[:-1], best.theta[-1]).tolist()
         found = data.coefficients(weight, bias).tolist()
         errors = standard_errors(data, best, len(data.features) + bias.requires_grad).tolist()
@@ -94,9 +117,8 @@ class Coefficients(Callback):
         rows = list(zip(terms, found, exact, apart, errors, strict=True))
         _print(data.target, rows)
         theta = torch.cat([weight, bias[None]]).detach().double().cpu()
-        for part in ("train", "test"):
-            if part in data.tables:
-                print(_quality(part, data.tables[part], theta))
+        for part in sorted(parts, reverse=True):
+            print(f"{part}: {_quality(data.tables[part], moments.get(part), theta)}")
         if getattr(type(pl_module), "loss", None) is LinearRegression.loss:
             far = _distance(theta, best.theta)
             made = f"after {trainer.global_step:,} updates"
@@ -106,12 +128,15 @@ class Coefficients(Callback):
             print(f"every digit: {path}")
 
 
-def _quality(part: str, table: Table, theta: Tensor) -> str:
-    y = table.y.double().cpu()
-    residual = table.x.double().cpu() @ theta[:-1] + theta[-1] - y
-    total = (y - y.mean()).square().sum()
-    share = f"R² {1 - residual.square().sum() / total:.6g}, " if total else ""
-    return f"{part}: {share}RMSE {residual.square().mean().sqrt():.6g} on {len(y):,} rows"
+def _quality(table: Table, moments: Moments | None, theta: Tensor) -> str:
+    if moments is not None:
+        loss, variance = moments.loss(theta[:-1], theta[-1]).clamp(min=0), moments.cov[-1, -1]
+    else:
+        y = table.y.double().cpu()
+        loss = (table.x.double().cpu() @ theta[:-1] + theta[-1] - y).square().mean()
+        variance = (y - y.mean()).square().mean()
+    share = f"R² {1 - loss / variance:.6g}, " if variance else ""
+    return f"{share}RMSE {loss.sqrt():.6g} on {len(table):,} rows"
 
 
 def _distance(theta: Tensor, best: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_gd.batch import Batch, as_batch, batches_of
 from lightning_gd.curvature import largest_eigenvalue
-from lightning_gd.data.tables import GlobalBatches
+from lightning_gd.data.loader import GlobalBatches
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.leastsquares import LeastSquares
 from lightning_gd.module import GradientDescentModule

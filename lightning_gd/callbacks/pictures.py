@@ -71,9 +71,9 @@ class Pictures(Callback):
             board.add_text("run", description(pl_module))
         if data is None:
             return
-        train = data.tables["train"].in_memory(MOST_ROWS)
-        if train.raw.shape[1:] == (1,) and train.y.ndim == 1 and train.x.is_floating_point():
-            self._at = torch.linspace(float(train.x.min()), float(train.x.max()), 101)[:, None]
+        x, y = data.tables["train"].sample()
+        if x.shape[1:] == (1,) and y.ndim == 1 and x.is_floating_point():
+            self._at = torch.linspace(float(x.min()), float(x.max()), 101)[:, None]
 
     def _has_surface(self, size: int, data: TensorDataModule | None) -> bool:
         """Tell whether the surface is drawn; raise ValueError if it was asked for in vain."""
@@ -164,8 +164,8 @@ def _publish(trainer: Trainer, file: Path) -> None:
 
 def _points(tables: dict[str, Table]) -> tuple[Tensor, Tensor]:
     """Return the only feature and the target of some training rows, shape [N] each."""
-    train = tables["train"].in_memory(MOST_ROWS)
-    return train.x[:MOST_ROWS, 0], train.y[:MOST_ROWS]
+    x, y = tables["train"].sample(MOST_ROWS)
+    return x[:, 0], y
 
 
 def _of_losses(figures: Any, trainer: Any, module: GradientDescentModule) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from lightning_gd.data.tables import GlobalBatches
+from lightning_gd.data.loader import GlobalBatches
 from lightning_gd.evaluation import watched
 from lightning_gd.settings import whole_number
 from lightning_gd.updates import epoch_is_complete

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gd.batch import Batch
-from lightning_gd.data.tables import GlobalBatches
+from lightning_gd.data.loader import GlobalBatches
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum
 from lightning_gd.evaluation import losses_at

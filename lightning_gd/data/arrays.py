@@ -77,11 +77,6 @@ class ArrayData(TensorDataModule):
         if self.test_arrays or held:
             test, first = self.test_arrays or self.arrays, 0 if self.test_arrays else rows - held
             parts["test"] = self._table(test, range(first, len(test.y)))
-        if isinstance(parts["train"], StreamedTable) and self.full_batch and not self.moments:
-            raise ValueError(
-                f"batch_size=None would read the {rows - held:,} rows at each update: set "
-                "--data.batch_size, --data.moments true, or a higher --data.buffer_rows"
-            )
         return parts
 
     def _table(self, arrays: "_Arrays", rows: range) -> Table:

@@ -101,9 +101,6 @@ class StreamedTable(Table):
         x, y = self.moments(rank, world).example()
         return x.to(self.dtype), y.to(self.y.dtype)
 
-    def in_memory(self, most: int) -> Table:
-        return Table(*self.sample(most))
-
     def targets(self) -> Tensor:
         return torch.cat([y for _, y in self.pieces()])
 

@@ -1,47 +1,55 @@
-"""A table of the user's own, from a CSV file."""
+"""A table of the user's own, from a CSV file or from Parquet."""
 
-import csv
 import math
-import warnings
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_gd.data.csvs import frame_of, header, numbers
+from lightning_gd.data.parquet import RowGroups, columns_of, is_parquet
+from lightning_gd.data.streams import StreamedTable
 from lightning_gd.data.tensors import Table, TensorDataModule
-from lightning_gd.settings import number
+from lightning_gd.settings import number, whole_number
 
 LONGLEY = Path(__file__).with_name("longley.csv")
-LARGEST = 1e150  # the squares of larger numbers overflow float64
 
 Rows = tuple[Tensor, Tensor, Tensor]  # x [N, D], y [N], and the line of each row in the file [N]
 
 
 class TableData(TensorDataModule):
-    """A CSV file of numbers whose first line names the columns; one of them is the target.
+    """A CSV file of numbers whose first line names the columns, or Parquet; one is the target.
 
     Feature j enters the model as zⱼ = (xⱼ − mⱼ)/sⱼ with the mean mⱼ and the standard deviation
     sⱼ (over N, not N − 1) of the training rows; a column that is constant there has sⱼ = 1. The
     target keeps its units. Checkpoints carry m and s, and rows are standardised with those of the
     checkpoint that is loaded.
 
+    Parquet of more than `buffer_rows` rows stays on the disk, of which a window of row groups is
+    in memory at a time: in each epoch the row groups come in another order, and the rows of those
+    that follow each other, up to `buffer_rows`, are shuffled together; both are functions of
+    (seed, epoch). Its test rows are the last ones.
+
     Args:
-        path: The file; `longley` is the example inside the package, a small economic table
-            whose columns are strongly correlated and whose coefficients NIST certifies.
+        path: The file, or a pattern of Parquet files such as `folder/*.parquet`. `longley` is the
+            example inside the package, a small economic table whose columns are strongly
+            correlated and whose coefficients NIST certifies.
         target: Name of the column to predict.
         features: Names of the columns to predict from; null for all others.
         test_fraction: Fraction of the rows kept for the test, drawn by `seed`; 0 for none.
         test_path: A second file with the test rows, instead of a fraction of the first. For
             `predict` it does not need the target column.
-        separator: The character between columns.
+        separator: The character between columns of a CSV file.
+        buffer_rows: Rows of Parquet in memory at a time.
         **kwargs: Those of `TensorDataModule`; `seed` also draws the test rows.
 
     Attributes:
         mean: m, shape [D], float64.
         scale: s, shape [D], float64.
-        test_lines: The line of each test row in its file; the header is line 1.
+        test_lines: The line of each test row in its file, whose header is line 1; of Parquet the
+            number of the row, from 0.
     """
 
     def __init__(
@@ -52,6 +60,7 @@ class TableData(TensorDataModule):
         test_fraction: float = 0.2,
         test_path: str | None = None,
         separator: str = ",",
+        buffer_rows: int = 262_144,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -60,15 +69,20 @@ class TableData(TensorDataModule):
             raise ValueError(f"separator={separator!r} must be one character, such as ',' or ';'")
         path = str(LONGLEY) if path == "longley" else path
         self.path, self.target, self.separator = path, target, separator
-        self.test_fraction, self.test_path = test_fraction, test_path
-        self.features = _features(path, _header(path, separator), target, features)
+        whole_number("buffer_rows", buffer_rows, 1)
+        self.test_fraction, self.test_path, self.buffer_rows = test_fraction, test_path, buffer_rows
+        self.features = _features(path, self._names(path), target, features)
         self.num_features = len(self.features)
         self.mean = torch.zeros(self.num_features, dtype=torch.float64)
         self.scale = torch.ones_like(self.mean)
         self._known = False  # whether mean and scale are those of a table or a checkpoint
-        self.test_lines: list[int] = []
+        self.test_lines: Sequence[int] = []
 
     def load(self) -> dict[str, Table]:
+        if is_parquet(self.path):
+            groups = RowGroups(self.path, self.target, self.features)
+            if len(groups.y) > self.buffer_rows:
+                return self._on_disk(groups)
         rows = self.read(self.path)
         parts = {"train": rows} if self.test_path else self._split(*rows)
         if self.test_path:
@@ -82,14 +96,46 @@ class TableData(TensorDataModule):
             self._known = True
         return {part: Table((x - self.mean) / self.scale, y) for part, (x, y, _) in parts.items()}
 
+    def _on_disk(self, groups: RowGroups) -> dict[str, Table]:
+        rows = len(groups.y)
+        held = 0 if self.test_path else math.ceil(rows * self.test_fraction)
+        if held == rows:
+            raise ValueError(self._no_row(rows))
+        train = StreamedTable(groups, self.buffer_rows, range(rows - held))
+        if not self._known:
+            seen = train.part(slice(max(1, len(train) - self.num_val)))
+            moments = self.summed(seen.moments(*self._process))
+            mean, scale = moments.mean[:-1], moments.cov.diagonal()[:-1].clamp(min=0).sqrt()
+            rounding = 16 * torch.finfo(torch.float64).eps * mean.abs()
+            self.mean, self.scale = mean, torch.where(scale > rounding, scale, 1.0)
+            self._known = True
+        groups.mean, groups.scale = self.mean, self.scale
+        tables: dict[str, Table] = {"train": train}
+        if self.test_path:
+            x, y, lines = self.read(self.test_path)
+            self.test_lines = lines.tolist()
+            tables["test"] = Table((x - self.mean) / self.scale, y)
+        elif held:
+            self.test_lines = range(rows - held, rows)
+            tables["test"] = StreamedTable(groups, self.buffer_rows, self.test_lines)
+        return tables
+
+    def _names(self, path: str) -> list[str]:
+        return columns_of(path) if is_parquet(path) else header(path, self.separator)
+
     def read(self, path: str, target_needed: bool = True) -> Rows:
         """Return x, y and lines of a file in float64; y is NaN where it has no target column."""
-        names = _header(path, self.separator)
+        names = self._names(path)
         has_target = target_needed or self.target in names
         wanted = self.features + [self.target] * has_target
         _check_names(path, wanted, names)
-        frame = _frame(path, self.separator)
-        columns = [_numbers(path, name, frame.iloc[:, names.index(name)]) for name in wanted]
+        if is_parquet(path):
+            groups = RowGroups(path, self.target if has_target else None, self.features)
+            blocks = zip(groups.bounds, groups.bounds[1:], strict=False)
+            x, y = zip(*(groups.read(*block) for block in blocks), strict=True)
+            return torch.cat(x), torch.cat(y), torch.arange(groups.bounds[-1])
+        frame = frame_of(path, self.separator)
+        columns = [numbers(path, name, frame.iloc[:, names.index(name)]) for name in wanted]
         y = columns.pop() if has_target else torch.full((len(frame),), math.nan).double()
         return torch.stack(columns, dim=1), y, torch.tensor(frame.index.to_numpy() + 2)
 
@@ -99,14 +145,17 @@ class TableData(TensorDataModule):
         count = len(y)
         held = max(1, round(count * self.test_fraction))
         if held == count:
-            raise ValueError(
-                f"test_fraction={self.test_fraction} leaves no row of {self.path} to train on "
-                f"(it has {count}): set --data.test_fraction 0"
-            )
+            raise ValueError(self._no_row(count))
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
         # Training rows stay shuffled: validation rows are taken from their end.
         chosen = {"train": order[held:], "test": order[:held].sort().values}
         return {part: (x[rows], y[rows], lines[rows]) for part, rows in chosen.items()}
+
+    def _no_row(self, count: int) -> str:
+        return (
+            f"test_fraction={self.test_fraction} leaves no row of {self.path} to train on "
+            f"(it has {count}): set --data.test_fraction 0"
+        )
 
     def coefficients(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Return one coefficient per feature, in target units per feature unit, and the intercept.
@@ -134,20 +183,6 @@ class TableData(TensorDataModule):
             self.setup(None if self.trainer is None else self.trainer.state.fn)
 
 
-def _header(path: str, separator: str) -> list[str]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        try:
-            names = next(csv.reader(file, delimiter=separator, skipinitialspace=True), [])
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
-    if not names:
-        raise ValueError(f"{path} has no header: its first line must name the columns")
-    for name, times in Counter(names).items():
-        if name and times > 1:
-            raise ValueError(f"{path}, line 1: {times} columns are named {name!r}")
-    return names
-
-
 def _features(path: str, names: list[str], target: str, chosen: list[str] | None) -> list[str]:
     _check_names(path, [target, *(chosen or [])], names)
     features = [name for name in names if name != target] if chosen is None else chosen
@@ -166,41 +201,6 @@ def _check_names(path: str, wanted: list[str], names: list[str]) -> None:
             raise ValueError(
                 f"{path} has no column {name!r}: {hint}its columns: {', '.join(names)}"
             )
-
-
-def _frame(path: str, separator: str) -> Any:
-    """Read all columns with pandas, without empty lines; the index counts lines from 2."""
-    import pandas  # takes a while to import: only when a table is read
-
-    with warnings.catch_warnings():
-        # Otherwise pandas drops the surplus cells of rows that are longer than the header.
-        warnings.simplefilter("error", pandas.errors.ParserWarning)
-        form = {"sep": separator, "encoding": "utf-8-sig", "skipinitialspace": True}
-        form |= {"index_col": False, "skip_blank_lines": False, "low_memory": False}
-        try:
-            frame = pandas.read_csv(path, **form)
-        except (ValueError, pandas.errors.ParserWarning) as error:
-            raise ValueError(f"{path} cannot be read as a table: {str(error).strip()}") from error
-    frame = frame.dropna(how="all")
-    if frame.empty:
-        raise ValueError(f"{path} has a header and no rows")
-    return frame
-
-
-def _numbers(path: str, name: str, column: Any) -> Tensor:
-    import pandas
-
-    numbers: Any = pandas.to_numeric(column, errors="coerce")
-    values = torch.tensor(numbers.to_numpy(dtype="float64", na_value=math.nan))
-    bad = (values.abs() < LARGEST).logical_not().nonzero().flatten().tolist()
-    if bad:
-        cell, line = column.iloc[bad[0]], column.index[bad[0]] + 2
-        what = "the cell is empty" if pandas.isna(cell) else f"'{cell}' is not a finite number"
-        raise ValueError(
-            f"{path}, line {line}, column {name!r}: {what}; correct it, or choose other columns "
-            "with --data.features"
-        )
-    return values
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,10 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor
 
 from lightning_gd.batch import Batch
-from lightning_gd.data.tables import GlobalBatches, Table
+from lightning_gd.data.loader import GlobalBatches
+from lightning_gd.data.streams import StreamedTable
+from lightning_gd.data.tables import Table
+from lightning_gd.distributed import reduce_sum, world_size
 from lightning_gd.moments import Moments, MomentsBatch, takes_moments
 from lightning_gd.settings import SEEDS, whole_number
 
@@ -72,6 +75,12 @@ class TensorDataModule(LightningDataModule):
             table.use(self._dtype)
             if first:
                 table.check_finite(part, targets=stage != "predict")
+        train = self.tables["train"]
+        if isinstance(train, StreamedTable) and self.full_batch and not self.moments:
+            raise ValueError(
+                f"batch_size=None would read the {len(train):,} rows at each update: set "
+                "--data.batch_size, --data.moments true, or a higher --data.buffer_rows"
+            )
         if stage == "fit" and self.trainer is not None:
             _check_finders(self.trainer, self)
         if stage == "validate" and "val" not in self.tables:
@@ -115,6 +124,13 @@ class TensorDataModule(LightningDataModule):
     def moments_of(self, part: str) -> Moments:
         """Return the moments of the local rows in float64."""
         return self.tables[part].moments(*self._process)
+
+    def summed(self, moments: Moments) -> Moments:
+        """Return moments over the rows of all processes; each of them must call this."""
+        if world_size() == 1:
+            return moments
+        trainer: Any = self.trainer
+        return moments.to(trainer.strategy.root_device).reduce(reduce_sum).to("cpu")
 
     def whole(self, part: str) -> Batch:
         """Return the local rows as one batch: their moments where `moments` is set."""

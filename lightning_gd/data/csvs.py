@@ -1,0 +1,63 @@
+"""CSV files as numbers: the names of the columns, and every cell that is no number by its place."""
+
+import csv
+import math
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gd.arrow import LARGEST
+
+
+def header(path: str, separator: str) -> list[str]:
+    """Return the names of the columns, of which those with a name differ."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        try:
+            names = next(csv.reader(file, delimiter=separator, skipinitialspace=True), [])
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
+    if not names:
+        raise ValueError(f"{path} has no header: its first line must name the columns")
+    for name, times in Counter(names).items():
+        if name and times > 1:
+            raise ValueError(f"{path}, line 1: {times} columns are named {name!r}")
+    return names
+
+
+def frame_of(path: str, separator: str) -> Any:
+    """Read all columns with pandas, without empty lines; the index counts lines from 2."""
+    import pandas  # takes a while to import: only when a table is read
+
+    with warnings.catch_warnings():
+        # Otherwise pandas drops the surplus cells of rows that are longer than the header.
+        warnings.simplefilter("error", pandas.errors.ParserWarning)
+        form = {"sep": separator, "encoding": "utf-8-sig", "skipinitialspace": True}
+        form |= {"index_col": False, "skip_blank_lines": False, "low_memory": False}
+        try:
+            frame = pandas.read_csv(path, **form)
+        except (ValueError, pandas.errors.ParserWarning) as error:
+            raise ValueError(f"{path} cannot be read as a table: {str(error).strip()}") from error
+    frame = frame.dropna(how="all")
+    if frame.empty:
+        raise ValueError(f"{path} has a header and no rows")
+    return frame
+
+
+def numbers(path: str, name: str, column: Any) -> Tensor:
+    """Return the numbers of a column in float64; raise ValueError for a cell that holds none."""
+    import pandas
+
+    found: Any = pandas.to_numeric(column, errors="coerce")
+    values = torch.tensor(found.to_numpy(dtype="float64", na_value=math.nan))
+    bad = (values.abs() < LARGEST).logical_not().nonzero().flatten().tolist()
+    if bad:
+        cell, line = column.iloc[bad[0]], column.index[bad[0]] + 2
+        what = "the cell is empty" if pandas.isna(cell) else f"'{cell}' is not a finite number"
+        raise ValueError(
+            f"{path}, line {line}, column {name!r}: {what}; correct it, or choose other columns "
+            "with --data.features"
+        )
+    return values
