@@ -1,6 +1,6 @@
 """What a model is asked about: batches of any structure, and several of them per step."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,6 +8,8 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities import apply_to_collection
 from torch import Tensor
+
+from lightning_gd.distributed import any_process
 
 BASIS = ("forward", "loss", "gradients")  # the methods that shortcuts of a model rest on
 
@@ -51,6 +53,37 @@ class DataBatch(Batch):
 
     def to(self, device: torch.device | str) -> "DataBatch":
         return DataBatch(move_data_to_device(self.content, torch.device(device)))
+
+
+class NoRows(Batch):
+    """The batch of a process that has no rows left: it weighs nothing, and has no loss."""
+
+    def rows(self, model: Any) -> float:
+        return 0
+
+    def to(self, device: torch.device | str) -> "NoRows":
+        return self
+
+
+class EvenSteps:
+    """Gives every process as many batches: those of its loader, then empty ones.
+
+    An epoch ends when the loaders of all processes have ended. For loaders without a length, and
+    for a GradientDescentModule in both modes; it costs a collective of one number per batch.
+
+    Args:
+        loader: The local batches, in any structure; each process may have another number of them.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        batches, end = iter(self.loader), NoRows()
+        batch = next(batches, end)
+        while any_process(batch is not end):
+            yield batch
+            batch = next(batches, end)
 
 
 class Updates:

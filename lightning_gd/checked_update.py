@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gd.batch import DataBatch, call, count_rows, is_current, take_rows
+from lightning_gd.batch import DataBatch, as_batch, call, count_rows, is_current, take_rows
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum
 from lightning_gd.gradcheck.bench import Loss, Weights
@@ -56,9 +56,7 @@ class Update:
         if isinstance(batch, MomentsBatch):
             data: Any = tensor_data(self.trainer)
             content = move_data_to_device(data.like_moments("train"), self.module.device)
-            weight = batch.rows(self.module)
-        else:
-            weight = self.module.rows(content) if self.own else 1.0
+        weight = as_batch(batch).rows(self.module) if self.own else 1.0
         loss, scaled = self._loss(batch_idx), self._scaling(weight)
         return Part(content, loss, weight, state, scaled, pure=self.explicit)
 

@@ -20,6 +20,12 @@ def reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def any_process(holds: bool) -> bool:
+    """Tell whether something holds on at least one process; each of them must ask."""
+    on_gpu = world_size() > 1 and dist.get_backend() == "nccl"
+    return bool(reduce_sum(torch.tensor(float(holds), device="cuda" if on_gpu else "cpu")))
+
+
 class RowMean:
     """Means over the rows of all processes and batches: Σ nᵢ·meanᵢ / Σ nᵢ.
 

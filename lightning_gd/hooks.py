@@ -1,5 +1,6 @@
 """What a run of a GradientDescentModule does around its steps, beside the hooks of the model."""
 
+import math
 import warnings
 from fractions import Fraction
 from typing import Any
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DistributedSampler
 
 from lightning_gd.adaptation import adapt, move_to_place
-from lightning_gd.batch import DataBatch, GivesUpdates, as_batch, batches_of
+from lightning_gd.batch import DataBatch, EvenSteps, GivesUpdates, as_batch, batches_of
 from lightning_gd.curves import Value
 from lightning_gd.evaluation import EvaluatedModule, check_batch, watched
 from lightning_gd.settings import arguments_of
@@ -58,7 +59,15 @@ class RunHooks(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         """Warn of rows that a DataLoader repeats or drops, so that processes have as many each."""
-        sampler = getattr(trainer.train_dataloader, "sampler", None)
+        loader = trainer.train_dataloader
+        endless = math.isinf(trainer.num_training_batches) and not isinstance(loader, EvenSteps)
+        if endless and trainer.world_size > 1 and trainer.is_global_zero:
+            warnings.warn(
+                "the loader has no length: where the batches of a process end before those of the "
+                "others, the run hangs until the timeout; give the Trainer EvenSteps(loader)",
+                stacklevel=2,
+            )
+        sampler = getattr(loader, "sampler", None)
         if not isinstance(sampler, DistributedSampler) or not trainer.is_global_zero:
             return
         rows, processes = len(sampler.dataset), sampler.num_replicas  # pyright: ignore[reportArgumentType]

@@ -228,7 +228,10 @@ READ = {
     "empty cell": ([*TABLE, "hole.csv"], "hole.csv, line 3, column 'y': the cell is empty"),
     "no rows": ([*TABLE, "header.csv"], "header.csv has a header and no rows"),
     "ragged": ([*TABLE, "ragged.csv"], "ragged.csv cannot be read as a table"),
-    "null": ([*TABLE, "null.parquet"], "null.parquet, row 1, column 'a': the cell is empty"),
+    "null": (
+        [*TABLE, "null.parquet", "--data.features=[a]"],
+        "null.parquet, row 1, column 'a': the cell is empty",
+    ),
     "text": (
         [*TABLE, "null.parquet", "--data.features", "[b]"],
         "column 'b': (large_)?string is no",
