@@ -56,10 +56,10 @@ class StreamedTable(Table):
     def part(self, rows: slice) -> "StreamedTable":
         return StreamedTable(self.source, self.window_rows, self.span[rows], self.floats)
 
-    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return x and y of rows of one block, in the precision of the run."""
+    def read(self, start: int, stop: int, convert: bool = True) -> tuple[Tensor, Tensor]:
+        """Return x and y of rows of one block, in the precision of the run or as they are."""
         x, y = self.source.read(start, stop)
-        found = self.inputs(x), self._cast(y)
+        found = (self.inputs(x), self._cast(y)) if convert else (x, y)
         for name, values in zip("xy", found, strict=True):
             check_finite(name, values, self.source.name, start)
         return found
@@ -73,14 +73,9 @@ class StreamedTable(Table):
     def moments(self, rank: int = 0, world: int = 1) -> Moments:
         if (rank, world) not in self._moments:
             own = self.blocks[rank::world] or [(self.span.start, self.span.start)]
-            self._moments[rank, world] = Moments.of_blocks(self._raw(*block) for block in own)
+            blocks = (self.read(*block, convert=False) for block in own)
+            self._moments[rank, world] = Moments.of_blocks(blocks)
         return self._moments[rank, world]
-
-    def _raw(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        found = self.source.read(start, stop)
-        for name, values in zip("xy", found, strict=True):
-            check_finite(name, values, self.source.name, start)
-        return found
 
     def local(self, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         """Return every `world`-th row in memory, whatever their number."""
