@@ -10,8 +10,13 @@ import torch
 from conftest import fit, run
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_gd import LinearRegression
-from lightning_gd.callbacks.coefficients import Coefficients, least_squares
+from lightning_gd import LinearRegression, Moments
+from lightning_gd.callbacks.coefficients import (
+    Coefficients,
+    from_moments,
+    least_squares,
+    standard_errors,
+)
 from lightning_gd.callbacks.predictions import Predictions
 from lightning_gd.data.table import LONGLEY, TableData
 
@@ -200,6 +205,24 @@ def test_the_exact_solution_of_near_copies_has_its_digits(tmp_path, spread):
     # The condition number of the rows, about 3/spread, times eps and the size of the table.
     error = ((found - truth)[:-1] * data.scale).abs().max()
     assert error < (2e-15 / spread + 1e-13) * (truth[:-1] * data.scale).abs().max()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", ["plain", "constant", "as many rows as columns"])
+def test_the_solution_from_moments_is_that_of_the_rows(case, bias):
+    data = TableData(test_fraction=0.0)
+    data.setup()
+    x, y = data.local("train")
+    if case == "constant":
+        x[:, 2] = 0
+    rows = slice(6 + bias if "as many" in case else None)
+    mine = from_moments(Moments.of(x[rows], y[rows]), bias)
+    theirs = least_squares(x[rows], y[rows], bias)
+    # Moments square the condition number of the columns, 1e2 to 1e4: 1e-16·1e8.
+    torch.testing.assert_close(mine.theta, theirs.theta, rtol=1e-7, atol=1e-7)
+    assert mine.condition == pytest.approx(theirs.condition, rel=1e-6)
+    errors = [standard_errors(data, found, 6 + bias) for found in (mine, theirs)]
+    torch.testing.assert_close(*errors, rtol=1e-6, atol=0, equal_nan=True)
 
 
 def test_a_fit_reaches_what_nist_certifies(make_trainer, tmp_path, capsys):

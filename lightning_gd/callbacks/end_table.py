@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_gd.batch import Batch
 from lightning_gd.callbacks.gradient_check import GradientCheck
-from lightning_gd.data.tables import GlobalBatches
+from lightning_gd.data.loader import GlobalBatches
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import RowMean
 from lightning_gd.evaluation import evaluating

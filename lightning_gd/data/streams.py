@@ -132,8 +132,9 @@ class Windows(Order):
         cuts = torch.searchsorted(rows.contiguous(), torch.tensor(self.starts)).tolist()
         used = [w for w in range(len(self.windows)) if cuts[w] < cuts[w + 1]]
         parts = [self._window(w, rows[cuts[w] : cuts[w + 1]] - self.starts[w]) for w in used]
-        if not parts:
-            return self.stored.read(*2 * (self.stored.span.start,))
+        if not parts:  # no row, of the shape and dtype of rows
+            first = self.stored.span.start
+            return self.stored.read(first, first)
         x, y = (list(values) for values in zip(*parts, strict=True))
         return (x[0], y[0]) if len(parts) == 1 else (torch.cat(x), torch.cat(y))
 
