@@ -111,11 +111,12 @@ class Moments:
 
     def example(self) -> tuple[Tensor, Tensor]:
         """Return 2(D+1) rows x, y with these moments: mean ± √(D+1) times the columns of √cov."""
-        deviation = self.cov.diagonal().clamp(min=0).sqrt()  # so that units cost no digits
+        mean, cov = self.mean.cpu().double(), self.cov.cpu().double()
+        deviation = cov.diagonal().clamp(min=0).sqrt()  # so that units cost no digits
         inverse = torch.where(deviation > 0, 1 / deviation, 0.0)
-        values, vectors = torch.linalg.eigh(self.cov * torch.outer(inverse, inverse))
+        values, vectors = torch.linalg.eigh(cov * torch.outer(inverse, inverse))
         distances = (vectors * (values.clamp(min=0) * len(values)).sqrt()).T * deviation
-        z = torch.cat([self.mean + distances, self.mean - distances])
+        z = torch.cat([mean + distances, mean - distances]).to(self.mean.dtype)
         return z[:, :-1], z[:, -1]
 
     def affine(self, scale: Tensor | float, shift: Tensor | float) -> "Moments":

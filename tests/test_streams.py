@@ -133,8 +133,6 @@ def test_moments_are_those_of_all_rows_and_sum_over_processes(arrays):
     torch.testing.assert_close(mean, exact.mean, rtol=1e-12, atol=1e-12)
     # second moments of y go up to 1e6
     torch.testing.assert_close(second - torch.outer(mean, mean), exact.cov, rtol=1e-10, atol=1e-9)
-    x, y = table.like_moments()
-    torch.testing.assert_close(Moments.of(x, y).cov, exact.cov, rtol=1e-12, atol=1e-9)
     few = loaded(batch_size=9, buffer_rows=1002).tables["train"]
     assert few.moments(70, 71).n == 0  # more processes than blocks
 

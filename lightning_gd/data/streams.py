@@ -92,10 +92,6 @@ class StreamedTable(Table):
         rows = range(rank, order.starts[1], world)[:most]
         return order.take(torch.tensor(rows, dtype=torch.int64))
 
-    def like_moments(self, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-        x, y = self.moments(rank, world).example()
-        return x.to(self.dtype), y.to(self.y.dtype)
-
     def targets(self) -> Tensor:
         return torch.cat([y for _, y in self.pieces()])
 

@@ -99,10 +99,6 @@ class Table:
         x, y = self.local(rank, world)
         return x[:most], y[:most]
 
-    def like_moments(self, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-        """Return rows that have the moments of the rows of one process: those rows."""
-        return self.local(rank, world)
-
     def targets(self) -> Tensor:
         """Return y of all rows, shape [N, ...]."""
         return self.y

@@ -117,10 +117,6 @@ class TensorDataModule(LightningDataModule):
         """Return x and y of at most so many local rows; of rows on disk, of one window."""
         return self.tables[part].sample(most, *self._process)
 
-    def like_moments(self, part: str) -> tuple[Tensor, Tensor]:
-        """Return rows with the moments of the local rows: these, or fewer if they are on disk."""
-        return self.tables[part].like_moments(*self._process)
-
     def moments_of(self, part: str) -> Moments:
         """Return the moments of the local rows in float64."""
         return self.tables[part].moments(*self._process)
