@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import fit, normal, run, trainer_words
 
-from lightning_gd import ArrayData, LinearRegression, Moments
+from lightning_gd import ArrayData, GradientCheck, LinearRegression, Moments
 from lightning_gd.data.loader import GlobalBatches
 from lightning_gd.data.streams import StreamedTable
 from lightning_gd.data.tensors import Table
@@ -258,21 +258,56 @@ def test_a_number_that_is_not_finite_is_named_with_its_row(arrays):
         table.use(None).read(1000, 1003)
 
 
-COMMAND = ["--model", "LinearRegression", "--data", "ArrayData", "--data.x", "x.npy"]
-COMMAND += ["--data.y", "y.npy", "--data.buffer_rows", "100", "--pictures", "null"]
+def test_bad_arrays_are_named(arrays):
+    """Beside those of `bad_inputs.py`."""
+    x, y = arrays(rows=4)
+    for name, content in {"words": ["a"] * 4, "one": 1.0, "wide": x[:, :2]}.items():
+        np.save(f"{name}.npy", np.array(content))
+    Path("mine.npy").write_text("mine")
+    Path("empty.npy").touch()
+    Path("cut.npy").write_bytes(Path("x.npy").read_bytes()[:-1])
+    both = {"test_x": "x.npy", "test_y": "y.npy"}
+    for settings, message in [
+        ({"x": "mine.npy"}, "mine.npy is no array of numbers .*: it holds Python objects, or"),
+        ({"x": "empty.npy"}, "empty.npy is no array of numbers that np.save wrote"),
+        ({"x": "cut.npy"}, "cut.npy is no array of numbers that np.save wrote"),
+        ({"y": "words.npy"}, "words.npy has shape .* dtype <U1: its numbers must be real"),
+        ({"y": "one.npy"}, r"one.npy has shape \[\] .* at least one row"),
+        ({"buffer_rows": 0}, "buffer_rows=0 must be an integer of at least 1"),
+        ({"test_fraction": 1.0}, "test_fraction=1.0 must be a finite number"),
+        ({"test_fraction": 0.9}, "test_fraction=0.9 leaves no row of x.npy, y.npy to train on"),
+        ({**both, "test_fraction": 0.5}, "test_fraction=0.5: set both files, or the fraction"),
+        ({**both, "test_x": "wide.npy"}, r"a row of wide.npy has shape \[2\], and of x.npy \[3\]"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            ArrayData(**{"x": "x.npy", "y": "y.npy", "batch_size": 2, **settings}).setup()
+        assert "\n" not in str(error.value)
+    with pytest.raises(IsADirectoryError, match=r"\. is a folder: give a file that np.save wrote"):
+        ArrayData(".", "y.npy")
+
+
+def test_updates_from_the_moments_of_rows_on_disk(arrays, make_trainer):
+    x, y = arrays(noise=True)
+    check, found = GradientCheck(), data(moments=True, buffer_rows=130, passes_per_epoch=300)
+    trainer = make_trainer(max_steps=300, precision="32-true", callbacks=[check])
+    model = fit(trainer, found, LinearRegression, **{**SETTINGS, "lr": 0.001, "momentum": 0.9})
+    assert check.summary() == "5 checks, all parameters tested"
+    best = Moments.of(x, y).optimum()
+    # Steps of 0.001 on curvatures from 2 (the bias) to 800; what is left is √0.9 to the 300.
+    torch.testing.assert_close(model.weight.double(), best.weight, rtol=0, atol=1e-5)
+    assert model.bias.item() == pytest.approx(best.bias.item(), abs=1e-2)
 
 
 def test_the_command_line(arrays):
     arrays(noise=True)
-    words = [*COMMAND, *trainer_words(max_steps=12, accelerator="cpu"), "--model.lr", "0.0005"]
-    status, out, err = run(*words, "--data.moments", "true", "--data.batch_size", "null")
-    assert (status, err) == (0, "")
-    assert "all parameters tested" in out and "converges" in out
-    words += ["--data.test_fraction", "0.2"]
+    words = ["--model", "LinearRegression", "--data", "ArrayData", "--data.x", "x.npy"]
+    words += ["--data.y", "y.npy", "--data.buffer_rows", "100", "--data.test_fraction", "0.2"]
+    words += ["--model.lr", "0.0005", *trainer_words(max_steps=12, accelerator="cpu")]
+    words += ["--pictures", "null"]
     status, out, err = run(*words)
     assert (status, err) == (0, "") and "test/loss" in out and "all parameters tested" in out
     status, _, err = run("predict", *words, "--ckpt_path", "last")
     assert (status, err) == (0, "")
-    written = Path("lightning_logs/LinearRegression/version_2/predictions.csv").read_text()
+    written = Path("lightning_logs/LinearRegression/version_1/predictions.csv").read_text()
     targets = [float(line.split(",")[1]) for line in written.splitlines()[1:]]
     assert targets == pytest.approx(np.load("y.npy")[802:], rel=1e-6)  # in float32
