@@ -20,6 +20,7 @@ BLACK, ODD, EVEN = "#000000", "#D55E00", "#0072B2"  # vermilion is odd, blue is 
 PARTS = {"train": EVEN, "val": "#009E73", "test": ODD}
 COLUMNS = 5  # of the sheet of wrong digits
 TEXT, SMALL = 14, 12  # points, readable at half size
+LARGEST = 1e100  # loss that is drawn
 DPI = 150  # dots per inch: a loss curve is 1,200 by 750
 
 
@@ -44,10 +45,12 @@ def loss_curves(
     figure, axes = _figure("update", "loss (log scale)", title=title)
     for i, (part, (steps, losses)) in enumerate(measured.items()):
         style: dict[str, Any] = {"color": PARTS[part], "lw": 2.5 if i else 5}  # seen where equal
-        updates, values = np.asarray(steps), np.asarray(losses, float)
-        if _is_rough(values):
+        updates, values = np.asarray(steps), np.array(losses, float)
+        finite = values < LARGEST  # not NaN either
+        if _is_rough(values[finite]):
+            means = _running_mean(updates[finite], values[finite])
             _plot(axes, (updates, values), color=PARTS[part], lw=0.8, alpha=0.5)
-            _plot(axes, _running_mean(updates, values), **style, label=f"{part}, running mean")
+            _plot(axes, means, **style, label=f"{part}, running mean")
         else:
             marker = "o" if len(values) < 30 else ""
             _plot(axes, (updates, values), **style, marker=marker, label=part)
@@ -201,7 +204,7 @@ def name_axes(axes: Axes, x: str, y: str) -> None:
 def _plot(axes: Axes, curve: Curve, **style: Any) -> None:
     """Plot losses on a log scale, with gaps where they are not positive or not finite."""
     losses = np.array(curve[1], float)
-    losses[~((losses > 0) & (losses < 1e100))] = np.nan
+    losses[~((losses > 0) & (losses < LARGEST))] = np.nan
     axes.plot(curve[0], losses, **style)
     axes.set_yscale("log")
 
