@@ -29,11 +29,11 @@ CALLBACKS = {  # the key of each on the command line
     "curvature_report": "CurvatureReport",
     "test_curve": "TestCurve",
     "histograms": "WeightHistograms",
-    "pictures": "Pictures",
     "coefficients": "Coefficients",
     "predictions": "Predictions",
     "interrupt": "Interrupt",
-    "end_table": "EndTable",
+    "end_table": "EndTable",  # records the last point, which pictures show
+    "pictures": "Pictures",
     "progress_bar": "UpdateProgressBar",
 }
 OPEN = {"class_path", "init_args", "dict_kwargs", "help"}  # of jsonargparse, beside the settings

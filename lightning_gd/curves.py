@@ -83,6 +83,13 @@ class Curves:
             for step, values in points:
                 logger.log_metrics(values, step)
 
+    def restore(self, points: Points) -> None:
+        """Begin `history` anew, with points that were written before the run was resumed."""
+        self.history.clear()
+        for step, values in points:
+            for tag, value in values.items():
+                self._keep(tag, step, value)
+
     def _keep(self, tag: str, step: int, value: float) -> None:
         steps, values = self.history.setdefault(tag, ([], []))
         steps.append(step)

@@ -1,8 +1,10 @@
 """TensorBoard, with all values of an update in one event and readable columns of settings."""
 
+import contextlib
 import os
 import struct
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +40,9 @@ METRICS = ("train/loss", "test/loss", "test/accuracy")  # their last value is a 
 class RunLogger(TensorBoardLogger):
     """Logs one run to `<save_dir>/<name>/version_N`.
 
+    Attributes:
+        kept: Points `(update, {tag: value})` of the run before it was resumed.
+
     Args:
         save_dir: Folder of all runs.
         name: Folder of this experiment's runs in it.
@@ -52,6 +57,7 @@ class RunLogger(TensorBoardLogger):
     ) -> None:
         super().__init__(save_dir, name, version, default_hp_metric=False)
         self._claimed = version
+        self.kept: list[tuple[int, dict[str, float]]] = []
         self._lock: int | None = None  # an open file, while a fit writes into the folder
 
     @property
@@ -88,7 +94,10 @@ class RunLogger(TensorBoardLogger):
     def log_points(self, points: list[tuple[int, dict[str, float]]]) -> None:
         """Write `(step, {tag: value})`, all values of a step in one event."""
         self.experiment.flush()  # what was added before comes first
-        with self._event_files()[-1].open("ab") as file:
+        files = self._event_files()
+        if not files:
+            raise OSError(f"{self.log_dir} has lost its event file: was the folder deleted?")
+        with files[-1].open("ab") as file:
             file.write(records(points, time.time()))
 
     @rank_zero_only
@@ -137,15 +146,45 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def cut(self, events: dict[str, int]) -> None:
-        """Remove what was written after `events` was returned; it is about to be written again."""
+        """Remove what was written after `events` was returned; it is about to be written again.
+
+        What is left is read into `kept`; a warning names files that are missing or damaged.
+        """
         for file in self._event_files():
             if file.name not in events:
                 file.unlink()
             elif file.stat().st_size > events[file.name]:
                 os.truncate(file, events[file.name])
+        self.kept, damaged = [], []
+        for name, size in sorted(events.items()):
+            points, end = _read(Path(self.log_dir, name))
+            self.kept += points
+            damaged += [name] if end < size else []
+        if damaged:
+            warnings.warn(
+                f"{', '.join(damaged)} in {self.log_dir} is missing or damaged: the run goes on, "
+                "but TensorBoard and the pictures lack points that were written before",
+                stacklevel=2,
+            )
 
     def _event_files(self) -> list[Path]:
         return sorted(Path(self.log_dir).glob("events.out.tfevents.*"))
+
+
+def _read(file: Path) -> tuple[list[tuple[int, dict[str, float]]], int]:
+    """Return the points in an event file, and the number of bytes up to which it is sound."""
+    data, points, end = file.read_bytes() if file.is_file() else b"", [], 0
+    with contextlib.suppress(struct.error, OverflowError):  # cut off, or of no possible length
+        while end < len(data):
+            start, (length,) = end + 12, struct.unpack_from("<Q", data, end)
+            record = data[start : start + length]
+            if struct.unpack_from("<I", data, start + length)[0] != masked_crc32c(record):
+                break
+            event, end = Event.FromString(record), start + length + 4
+            scalars = (v for v in event.summary.value if v.HasField("simple_value"))
+            if values := {v.tag: v.simple_value for v in scalars}:
+                points.append((event.step, values))
+    return points, end
 
 
 def records(points: list[tuple[int, dict[str, float]]], now: float) -> bytes:

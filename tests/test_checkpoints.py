@@ -11,10 +11,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import RandomRows, counted, curves_in, line, plain, run, scheduled, trainer_words
+from conftest import (
+    RandomRows,
+    counted,
+    curves_in,
+    events_in,
+    line,
+    plain,
+    run,
+    scheduled,
+    trainer_words,
+)
 from conftest import fit as train
+from PIL import Image
 
 import lightning_gd
 from lightning_gd import LinearRegression, PointsData
@@ -414,6 +426,82 @@ def test_what_would_change_the_model_is_refused(good, root):
         status, _, error = resume(root, *typed)
         assert status == 2 and re.search(message, error), error
         assert last(root).read_bytes() == good.read_bytes()
+
+
+def pictures_in(folder):
+    """The number of pictures by tag in TensorBoard, and each file, pixel by pixel."""
+    events, files = events_in(folder), sorted((folder / "pictures").glob("*.png"))
+    tags = {tag: len(events.Images(tag)) for tag in events.Tags()["images"]}
+    return tags, {file.stem: np.asarray(Image.open(file), float) for file in files}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of 6 updates with a copy of the checkpoint of update 3; its curves and pictures."""
+    root, save = tmp_path_factory.mktemp("straight"), SafeCheckpointIO.save_checkpoint
+
+    def keep(self, checkpoint, path, storage_options=None):
+        save(self, checkpoint, path)
+        if checkpoint["global_step"] == 3:
+            shutil.copy(path, root / "3.ckpt")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SafeCheckpointIO, "save_checkpoint", keep)
+        assert run(*command("fit", *THREES, root=root))[0] == 0
+    return root, curves_in(last(root).parents[1]), pictures_in(last(root).parents[1])
+
+
+THREES = ["--data.updates_per_step", "3", "--checkpoint.every_n_updates", "3"]
+THREES += ["--data.passes_per_epoch", "12", "--trainer.max_steps", "6"]
+
+
+@pytest.mark.parametrize("ended", ["whole", "while drawing", "at update 3"])
+def test_a_resumed_run_has_every_point_and_every_picture(straight, tmp_path, ended):
+    (root, curves, pictures), made = straight, 6
+    folder = last(shutil.copytree(root, tmp_path / "a")).parents[1]
+    if ended != "whole":
+        shutil.rmtree(folder / "pictures")
+        cut = read(last(root))["curve_files"]
+        RunLogger(str(tmp_path / "a"), "linear", 0).cut(*cut)
+        assert curves_in(folder)["train/loss"] == curves["train/loss"][:-1]
+    if ended == "at update 3":
+        made = 3
+        shutil.copy(root / "3.ckpt", last(tmp_path / "a"))
+    again = command("fit", *THREES, "--ckpt_path", "last", root=tmp_path / "a")
+    status, output, error = run(*again)
+    assert status == 0, error
+    assert f" {6 - made} (to 6)\n" in output
+    assert curves_in(folder) == curves
+    tags, files = pictures_in(folder)
+    assert tags == pictures[0] and files.keys() == pictures[1].keys() == {
+        *"fit loss surface".split()
+    }
+    for name, pixels in files.items():  # TensorBoard has the curves in float32: a shade of 255
+        assert np.abs(pixels - pictures[1][name]).max() <= 2, name
+
+
+def lost(file):
+    file.unlink()
+
+
+def cut_off(file):
+    os.truncate(file, 150)
+
+
+def altered(file):
+    content = bytearray(file.read_bytes())
+    content[200] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [lost, cut_off, altered])
+def test_damaged_event_files_are_named(good, tmp_path, damage):
+    folder = Path(shutil.copytree(good.parents[1], tmp_path / "run"))
+    (file,) = folder.glob("events*")
+    damage(file)
+    logger = RunLogger(str(tmp_path), "", "run")
+    with pytest.warns(UserWarning, match=f"{file.name} in .* is missing or damaged: the run goes"):
+        logger.cut(*read(good)["curve_files"])
 
 
 def test_a_folder_or_another_checkpoint_of_a_run(root):

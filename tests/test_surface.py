@@ -195,7 +195,7 @@ def test_the_fit_moves_with_the_path(make_trainer):
 LINE = ["--config", "linear", "--model.bias", "true", "--model.lr", "0.1"]
 
 
-def test_a_resumed_run_says_which_part_it_shows(tmp_path, monkeypatch):
+def test_a_resumed_run_shows_the_whole_path(tmp_path, monkeypatch):
     drawn, where = [], trainer_words(default_root_dir=tmp_path)
 
     def kept(*words):
@@ -205,7 +205,7 @@ def test_a_resumed_run_says_which_part_it_shows(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_gd.surface_figures.surface_figure", kept)
     assert run("fit", *LINE, *where, "--trainer.max_steps", "40")[0] == 0
     assert run("fit", *LINE, *where, "--trainer.max_steps", "60", "--ckpt_path", "last")[0] == 0
-    assert [labels(figure)[3] for figure in drawn] == ["updates 0 to 40", "updates 40 to 60"]
+    assert [labels(figure)[3] for figure in drawn] == ["updates 0 to 40", "updates 0 to 60"]
 
 
 @pytest.mark.slow

@@ -34,6 +34,10 @@ class EndTable(Callback):
         self._metrics: dict[str, float] = {}
         self._started, self._first = 0.0, 0
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._rows = {}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which of two limits ends the run, where both are set."""
         self._started, self._first = time.perf_counter(), trainer.global_step
@@ -56,7 +60,7 @@ class EndTable(Callback):
             "learning rate": f"{lr:g}" if isinstance(lr, float) else str(lr),
             "processes": f"{trainer.world_size} ({trainer.strategy.root_device.type})",
         }
-        if pl_module.hparams.get("gradient") == "explicit":
+        if pl_module.hparams.get("gradient") == "explicit" and step > self._first:
             why = getattr(pl_module, "not_direct", "")
             self._rows["updated by"] = f"optimizer.step(): {why}" if why else "SGD directly"
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
@@ -77,6 +81,11 @@ class EndTable(Callback):
         module.curves.record(module.trainer.global_step, values)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._rows:  # a resumed run had no update left: Lightning skips the training
+            self.on_train_start(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
+            if isinstance(pl_module, GradientDescentModule):
+                pl_module.curves.write(trainer)
         if not self.deferred:
             self.show(trainer)
 

@@ -9,7 +9,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gd.callbacks.run_folder import boards, description
+from lightning_gd.callbacks.run_folder import boards, description, whole
 from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.evaluation import evaluating
@@ -55,16 +55,24 @@ class Pictures(Callback):
         self.path: WeightPath | None = None
         self._at: Tensor | None = None  # inputs, shape [K, 1]
         self._folder: Path | None = None
+        self._resumed: tuple[list[int], list[Tensor]] = [], []  # of the path
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.lines, self._resumed = [], ([], [])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder, data = trainer.log_dir if trainer.loggers else None, tensor_data(trainer)
-        self.lines, self.path, self._at, self._folder = [], None, None, None
+        self.path, self._at, self._folder = None, None, None
         if not folder or not isinstance(pl_module, GradientDescentModule):
             return
         path = WeightPath(pl_module)
         has_surface = self._has_surface(path.size, data)  # on every process: it may raise
         if not trainer.is_global_zero:
             return
+        updates, weights = self._resumed
+        if {len(w) for w in weights} <= {path.size}:  # else another part of the model is trained
+            path.updates, path.weights = updates, [w.to(pl_module.device) for w in weights]
         self._folder, self.path = Path(folder) / "pictures", path if has_surface else None
         for board in boards(trainer):
             board.add_custom_scalars({"loss": CHARTS})
@@ -85,6 +93,16 @@ class Pictures(Callback):
                 f"numbers (got {size:,}): set --pictures.surface auto"
             )
         return bool(self.surface)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep what was seen of the run, but no path of more than 65,536 numbers in all."""
+        path = self.path
+        if path is None or path.size * len(path.updates) > MOST_NUMBERS:
+            return {"lines": self.lines, "path": ([], [])}
+        return {"lines": self.lines, "path": (path.updates, path.weights)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.lines, self._resumed = state_dict["lines"], state_dict["path"]
 
     def looks_at(self, step: int) -> bool:
         """Tell whether a line or a point of the path belongs to this update."""
@@ -139,14 +157,16 @@ class Pictures(Callback):
                 lines = path.predictions(surface.points, self._at)
                 fit = *_points(data.tables), self._at[:, 0], lines
             folder.mkdir(parents=True, exist_ok=True)
-            surface_figures.animate(file, surface, path.names, fit)
+            with whole(file) as partial:
+                surface_figures.animate(partial, surface, path.names, fit)
             _publish(trainer, file)
         return {"surface": surface_figures.surface_figure(surface, path.names)}
 
     def _save(self, trainer: Trainer, folder: Path, drawn: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
-            figure.savefig(folder / f"{name}.png")
+            with whole(folder / f"{name}.png") as partial:
+                figure.savefig(partial)
             _publish(trainer, folder / f"{name}.png")
 
 

@@ -5,7 +5,8 @@ import inspect
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ def write_csv(trainer: Trainer, name: str, rows: Iterable[Iterable[Any]]) -> Pat
         return None
     path = Path(trainer.logger.log_dir, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     return path
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give another name to write to; the file gets its own when it is whole."""
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
