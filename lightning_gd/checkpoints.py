@@ -19,6 +19,19 @@ from torch import Tensor, nn
 
 FORMAT = 2  # of what this version adds to a checkpoint; another number is refused
 OURS = "lightning_gd"  # the key of it
+PARTS = {  # of a checkpoint, and of what type each is
+    "global_step": int,
+    "pytorch-lightning_version": str,
+    "state_dict": dict,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "hyper_parameters": dict,
+    "datamodule_hyper_parameters": dict,
+    "curve_files": list,
+}
+NEEDED = ("global_step", "pytorch-lightning_version", "state_dict")  # also to test or to load
 
 
 def local(path: str | os.PathLike[str]) -> str:
@@ -47,6 +60,14 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"checkpoint {path} is refused: it has format {ours.get('format')} of {OURS} "
             f"{ours.get('version')}, and this is {OURS} {version(OURS)}, which reads {FORMAT}"
         )
+    for name, kind in PARTS.items():
+        found = checkpoint.get(name, None if name in NEEDED else kind())
+        if not isinstance(found, kind):
+            what = f"{name} is {type(found).__name__}, not {kind.__name__}"
+            raise ValueError(f"checkpoint {path} is refused: its {what}")
+    for name, value in checkpoint["state_dict"].items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"checkpoint {path} is refused: its parameter {name!r} is no tensor")
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         settings_of(checkpoint, key)
     return checkpoint
@@ -56,7 +77,9 @@ def _loaded(file: Path) -> Any:
     reason = "it is damaged, cut off, or no checkpoint at all"
     with file.open("rb") as opened:  # a path would choose the format by its ending
         try:
-            if zipfile.ZipFile(opened).testzip():  # torch does not verify the checksums
+            parts = zipfile.ZipFile(opened)
+            packed = any(part.compress_type for part in parts.infolist())  # it may fill the memory
+            if packed or parts.testzip():  # torch does not verify the checksums
                 raise zipfile.BadZipFile
             opened.seek(0)
             return torch.load(opened, map_location="cpu", weights_only=True)
@@ -93,7 +116,7 @@ def check_shapes(checkpoint: dict[str, Any], model: nn.Module) -> None:
 
 def settings_of(checkpoint: dict[str, Any], key: str = "hyper_parameters") -> dict[str, Any]:
     """Return the arguments of the model or the data in a checkpoint."""
-    found = {k: v for k, v in checkpoint.get(key, {}).items() if not k.startswith("_")}
+    found = {k: v for k, v in checkpoint.get(key, {}).items() if not str(k).startswith("_")}
     if "class_path" in repr(found):  # which would choose what is imported
         raise ValueError("the checkpoint is refused: its settings hold a class_path")
     return found

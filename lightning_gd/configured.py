@@ -79,13 +79,17 @@ class ConfiguredModule(EvaluatedModule):
         """
         checkpoint = checkpoints.read(checkpoint_path)
         checkpoints.check_class(checkpoint, cls)
-        for name in checkpoint[checkpoints.OURS]["left_out"]:
+        for name in checkpoint[checkpoints.OURS].get("left_out", []):
             if name not in settings:
                 raise ValueError(
                     f"checkpoint {checkpoint_path} does not hold {name} of {cls.__name__}, which "
                     f"had no plain value: give it, as in load(path, {name}=...)"
                 )
-        model = cls(**{**checkpoints.settings_of(checkpoint), **settings})
+        try:
+            model = cls(**{**checkpoints.settings_of(checkpoint), **settings})
+        except (TypeError, AttributeError, KeyError) as error:
+            what = f"its settings do not fit {cls.__name__}: {error}"
+            raise ValueError(f"checkpoint {checkpoint_path} is refused: {what}") from error
         checkpoints.check_shapes(checkpoint, model)
         weights = checkpoint["state_dict"]
         dtypes = [value.dtype for value in weights.values() if value.is_floating_point()]

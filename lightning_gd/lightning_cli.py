@@ -6,6 +6,7 @@ import logging
 import re
 import signal
 import time
+import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -259,6 +260,13 @@ def run(verb: str, words: list[str]) -> None:
         atexit.register(command.end_processes)  # when the error has been printed
         if type(error).__name__.startswith("Dist") or re.search("gloo|pair closure", str(error)):
             raise RuntimeError(_lost(str(error))) from error
+        frames = traceback.extract_tb(error.__traceback__)
+        places = {(Path(frame.filename).stem, "restore" in frame.name) for frame in frames}
+        if ("checkpoint_connector", True) in places and isinstance(
+            error, (LookupError, TypeError, AttributeError)
+        ):
+            file = command.config.ckpt_path
+            raise ValueError(f"checkpoint {file} cannot be restored: {error!r}") from error
         raise
     if world_size() > 1:
         dist.barrier()  # without it a process may abort while another still uses it

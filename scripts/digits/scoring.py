@@ -33,7 +33,7 @@ def scorer(checkpoint: str | Path) -> Scorer:
             raise ValueError(f"checkpoint {checkpoint}: {name} holds numbers that are not finite")
     scaling = read(checkpoint).get("datamodule_hyper_parameters", {}).get("scaling")
     width = model.hparams.get("num_features")
-    if width != SIDE**2 or scaling not in SCALINGS:
+    if width != SIDE**2 or str(scaling) not in SCALINGS:
         raise ValueError(
             f"checkpoint {checkpoint} is of {type(model).__name__} with num_features={width}, "
             f"pixels scaled by {scaling!r}: pictures need one that was trained on the {SIDE**2} "
