@@ -13,6 +13,7 @@ from lightning_gd.arguments import UsageError, check, unknown
 EXPERIMENTS = Path(__file__).parent / "experiments"
 VERBS = ("fit", "validate", "test", "predict", "check")
 DEFAULT = "parity"
+LARGEST = 10**7  # bytes of a YAML file, and values in it
 SHORT = {"--verbose": "--curvature_report.verbose=true"}
 
 # Lines of the parser's messages that tell of all types it tried.
@@ -112,13 +113,28 @@ def _experiment(text: str) -> tuple[str, str]:
 def _check_yaml(file: Path) -> None:
     import yaml
 
+    if file.stat().st_size > LARGEST:
+        raise UsageError(f"--config {file} is larger than {LARGEST:,} bytes")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"--config {file} is not YAML: {reason}") from error
     if not isinstance(content, dict):
         raise UsageError(f"--config {file} must map keys such as model, data, trainer to values")
+    if _size(content, {}) > LARGEST:
+        raise UsageError(f"--config {file} holds more than {LARGEST:,} values where its * stand")
+
+
+def _size(value: object, known: dict[int, float]) -> float:
+    """Return the number of values with every alias written out; infinite for a circle."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = float("inf")
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]
 
 
 def _help() -> str:

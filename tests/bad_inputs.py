@@ -5,6 +5,7 @@ after those of a run of three updates of the line y = 2x, in a folder with the f
 """
 
 import io
+from itertools import pairwise
 
 import numpy as np
 import pandas
@@ -161,6 +162,7 @@ WRONG = {
     "binary YAML": (["--config", "binary.yaml"], "binary.yaml is not YAML"),
     "empty YAML": (["--config", "empty.yaml"], "empty.yaml must map keys"),
     "list": (["--config", "list.yaml"], "list.yaml must map keys"),
+    "a billion laughs": (["--config", "laughs.yaml"], "holds more than 10,000,000 values where"),
     "unknown key": (["--config", "unknown.yaml"], "'modle'"),
     "unknown init arg": (["--config", "lrr.yaml"], "lrr.yaml: .*did you mean 'lr'"),
     "type in a file": (["--config", "type.yaml"], "type.yaml: .*lr=ten must be a number or 'auto'"),
@@ -195,6 +197,10 @@ READ = {
     ),
     "num_val": (["--data.num_val", "4"], "num_val=4 leaves no row"),
     "validate": (["validate"], "num_val=0 .*--data.num_val"),
+    "too small to learn": (
+        ["--data.x", "[1e-22, 0, 0, 0]", "--model.lr", "auto"],
+        r"lr='auto' is 1/λmax, which is above 3.4e\+38 .*: scale x, or set --model.lr",
+    ),
     "nothing to learn": (["--data.x", "[0, 0, 0, 0]"], "every x is 0"),
     "num_train": ([*DIGITS, "--data.num_train", "2001"], "num_train=2001 .*2000 .*offline"),
     "num_test": ([*DIGITS, "--data.num_test", "3001"], "num_test=3001 .*3000 .*offline"),
@@ -228,6 +234,7 @@ FULL = ["--config", "parity_full", "--data.download", "false", "--data.root"]
 FAILED = {
     "no data": ([*FULL, "nowhere"], "nowhere/MNIST/raw/train-images-idx3-ubyte is missing"),
     "no table": ([*TABLE, "nowhere.csv"], "nowhere.csv"),
+    "a device for a table": ([*TABLE, "/dev/zero"], "/dev/zero is a folder, a pipe or a device"),
     "no array": ([*ARRAYS, "--data.x", "nowhere.npy"], "nowhere.npy"),
     "no Parquet": ([*TABLE, "no/*.parquet"], "no/[*].parquet: there is no such file"),
     "a folder for a table": ([*TABLE, "."], r"\."),
@@ -300,6 +307,8 @@ FILES = {
     "binary.yaml": b"\xff\xfe\x00\x01",
     "empty.yaml": "",
     "list.yaml": "- 1\n",
+    "laughs.yaml": "a: &a [1]\n"
+    + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefghi")),
     "unknown.yaml": "modle: 1\n",
     "lrr.yaml": "model: {class_path: lightning_gd.LinearRegression, init_args: {lrr: 1}}\n",
     "type.yaml": "model: {class_path: LinearRegression, init_args: {lr: ten}}\n",

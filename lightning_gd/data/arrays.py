@@ -122,6 +122,8 @@ def _opened(name: str) -> np.memmap:
     file = Path(name)
     if file.is_dir():
         raise IsADirectoryError(f"{name} is a folder: give a file that np.save wrote")
+    if file.exists() and not file.is_file():  # which might never end
+        raise OSError(f"{name} is a pipe or a device: give a file that np.save wrote")
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:

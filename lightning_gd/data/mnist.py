@@ -1,6 +1,7 @@
 """MNIST digits, odd (+1) or even (−1)."""
 
 import hashlib
+from functools import partial
 from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
@@ -108,7 +109,11 @@ def _full(root: Path) -> dict[str, tuple[Tensor, Tensor]]:
             raise FileNotFoundError(
                 f"{path} is missing: set --data.root to the folder of MNIST/raw, {ways}"
             )
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            for part in iter(partial(file.read, 2**20), b""):  # the file may be of any size
+                digest.update(part)
+        if digest.hexdigest() != sha256:
             raise OSError(
                 f"{path} is truncated or altered (its SHA-256 is not MNIST's): delete it and {ways}"
             )

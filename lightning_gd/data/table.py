@@ -3,18 +3,20 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gd.data.csvs import frame_of, header, numbers
+from lightning_gd.data.csvs import frame_of, header, values_of
 from lightning_gd.data.parquet import RowGroups, columns_of, is_parquet
 from lightning_gd.data.streams import StreamedTable
 from lightning_gd.data.tensors import Table, TensorDataModule
 from lightning_gd.settings import number, whole_number
 
 LONGLEY = Path(__file__).with_name("longley.csv")
+SHOWN = 300  # characters of the names of the columns that an error shows
 
 Rows = tuple[Tensor, Tensor, Tensor]  # x [N, D], y [N], and the line of each row in the file [N]
 
@@ -134,10 +136,11 @@ class TableData(TensorDataModule):
             blocks = zip(groups.bounds, groups.bounds[1:], strict=False)
             x, y = zip(*(groups.read(*block) for block in blocks), strict=True)
             return torch.cat(x), torch.cat(y), torch.arange(groups.bounds[-1])
-        frame = frame_of(path, self.separator)
-        columns = [numbers(path, name, frame.iloc[:, names.index(name)]) for name in wanted]
-        y = columns.pop() if has_target else torch.full((len(frame),), math.nan).double()
-        return torch.stack(columns, dim=1), y, torch.tensor(frame.index.to_numpy() + 2)
+        places = {name: place for place, name in enumerate(names)}
+        frame = frame_of(path, self.separator).iloc[:, [places[name] for name in wanted]]
+        values = values_of(path, wanted, frame)
+        x, y = values[:, : self.num_features], torch.full((len(frame),), math.nan).double()
+        return x, values[:, -1] if has_target else y, torch.tensor(frame.index.to_numpy() + 2)
 
     def _split(self, x: Tensor, y: Tensor, lines: Tensor) -> dict[str, Rows]:
         if self.test_fraction == 0:
@@ -195,12 +198,12 @@ def _features(path: str, names: list[str], target: str, chosen: list[str] | None
 
 
 def _check_names(path: str, wanted: list[str], names: list[str]) -> None:
+    known = {*names}
     for name in wanted:
-        if name not in names:
+        if name not in known:
             hint = "is --data.separator right? " if len(names) == 1 else ""
-            raise ValueError(
-                f"{path} has no column {name!r}: {hint}its columns: {', '.join(names)}"
-            )
+            some = shorten(", ".join(names), SHOWN, placeholder=" …")
+            raise ValueError(f"{path} has no column {name!r}: {hint}its columns: {some}")
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,25 @@ def read_digit(path: Path) -> NDArray[np.uint8]:
 
     Raises:
         OSError: If it cannot be read as a picture.
-        ValueError: If there is nothing to see on it, or it is too large.
+        ValueError: If there is nothing to see on it, it is too large, or it is a program (EPS).
     """
+    if path.exists() and not path.is_file():  # which might never end
+        raise OSError("cannot read the picture: this is a folder, a pipe or a device")
     try:
-        with Image.open(path) as image:
-            return mnist_form(image)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"the picture is too large: {error}") from error
-    except SyntaxError as error:  # of damaged PNG files, where other formats raise OSError
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.format == "EPS":
+                    raise ValueError(
+                        "EPS is a program, which Ghostscript would run: save it as PNG"
+                    )
+                return mnist_form(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        most = f"it may have {Image.MAX_IMAGE_PIXELS:,} pixels"
+        raise ValueError(f"the picture is too large: {most}") from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # damaged bytes raise errors of many types
         raise OSError(f"cannot read the picture: {error}") from error
 
 
@@ -68,6 +80,8 @@ def _reduced(image: Image.Image) -> NDArray[np.float64]:
     """Return red, green, blue and alpha in 0 … 255, shape [H, W, 4], turned upright by EXIF."""
     if image.mode.startswith(("I", "F")):  # 16 or 32 bits: `convert` would cut them off at 255
         levels = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(levels).all():
+            raise ValueError("the picture holds numbers that are not finite")
         levels = (levels - levels.min()) * (255 / max(np.ptp(levels), 1e-300))
         image = Image.fromarray(levels.astype(np.uint8))
     image = ImageOps.exif_transpose(image).convert("RGBA")
