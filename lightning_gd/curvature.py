@@ -36,7 +36,7 @@ class Curvature:
     def __init__(self, hessian: Tensor) -> None:
         values, self.eigenvectors = torch.linalg.eigh(hessian.double())
         if not values[-1] > 0:
-            raise ValueError("the loss has no curvature: every x is 0")
+            raise ValueError("the loss has no curvature: every x is 0, or its square is in float64")
         self.eigenvalues = values.clamp(min=0)
         self.rank = int((values > values[-1] * rank_tolerance(len(values))).sum())
         self.largest, self.smallest = values[-1].item(), values[-self.rank].item()

@@ -1,7 +1,7 @@
 """What a run knows of its data if its loss is least squares, and the learning rate "auto"."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -9,10 +9,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_gd.curvature import Curvature
+from lightning_gd.curvature import Curvature, largest_eigenvalue
+from lightning_gd.data.streams import StreamedTable
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.distributed import reduce_sum
 from lightning_gd.moments import Moments, Optimum, takes_moments
+
+MOST_WORK = 10**10  # multiplications for an optimum from the rows: a few seconds
+MOST_PARAMETERS = 4097  # the eigendecomposition for more takes longer than most runs
 
 
 @dataclass(eq=False)
@@ -59,8 +63,32 @@ class LeastSquares:
 
     @cached_property
     def optimum(self) -> Optimum:
-        """The exact solution for the training data."""
-        return self.moments().optimum(bias=len(self.trained) == 2)
+        """The exact solution for the training data; from the rows if moments do not resolve it."""
+        bias, train = len(self.trained) == 2, self.data.tables["train"]
+        found, (rows, columns) = self.moments().optimum(bias), train.raw.shape
+        on_disk = isinstance(train, StreamedTable)
+        if not found.dropped or on_disk or rows * columns * min(rows, columns) > MOST_WORK:
+            return found
+        exact = Optimum.of_rows(*train.part(slice(None)).use(torch.float64).local(), bias)
+        weight, offset = exact.weight.to(self.device), exact.bias
+        offset = None if offset is None else offset.to(self.device)
+        return replace(exact, weight=weight, bias=offset, loss=exact.loss.to(self.device))
+
+    @cached_property
+    def auto_lr(self) -> float:
+        """1/λmax; of many parameters by products Hv = 2/N [x 1]ᵀ([x 1] v) over the rows."""
+        size = sum(p.numel() for p in self.trained)
+        if size <= MOST_PARAMETERS or isinstance(self.data.tables["train"], StreamedTable):
+            return self.curvature.auto_lr
+        x = self.data.local("train")[0].to(self.device, torch.float64)
+        rows = reduce_sum(torch.tensor(float(len(x)), device=self.device))
+
+        def hvp(v: Tensor) -> Tensor:
+            product = x @ v[: x.shape[1]] + v[x.shape[1] :].sum()
+            columns = torch.cat([product @ x, product.sum()[None]])[:size]
+            return reduce_sum(2 / rows * columns)
+
+        return 1 / largest_eigenvalue(hvp, x.new_zeros(size), rtol=1e-3)
 
     def theta(self, changes: Mapping[Tensor, Tensor] | None = None) -> Tensor:
         """Return the present (w, b), shape [D+1], or w, shape [D], in float64, plus changes."""
@@ -86,4 +114,10 @@ class AutoLearningRate(Callback):
                 f"{type(pl_module).__name__} with optimizer={optimizer} and "
                 f"batch_size={batch_size}: set --model.lr to a number"
             )
-        pl_module.save_hyperparameters({"lr": squares.curvature.auto_lr})
+        lr, most = squares.auto_lr, torch.finfo(next(pl_module.parameters()).dtype).max
+        if not lr < most:
+            raise ValueError(
+                f"lr='auto' is 1/λmax, which is above {most:.3g} where the squares of x are this "
+                "small: scale x, or set --model.lr to a number"
+            )
+        pl_module.save_hyperparameters({"lr": lr})

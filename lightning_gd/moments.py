@@ -18,11 +18,37 @@ class Optimum:
     """The exact least-squares solution: w*, shape [D], b*, shape [] (None without bias), and L*.
 
     L*, shape [], has a rounding error of about 1e-15 of the variance of y.
+
+    Attributes:
+        condition_number: λmax/λmin of the covariance of the columns scaled to one variance.
+        dropped: Directions along which columns vary, but too little for moments in float64: where
+            they are no rounding, L* is above the least loss, and `of_rows` finds that.
     """
 
     weight: Tensor
     bias: Tensor | None
     loss: Tensor
+    condition_number: float
+    dropped: int = 0
+
+    @classmethod
+    def of_rows(cls, x: Tensor, y: Tensor, bias: bool = True) -> "Optimum":
+        """Return the exact solution from the singular values of x, shape [N, D], y, shape [N].
+
+        It keeps digits that moments lose, whose condition number is the square of that of x, in
+        time N·D·min(N, D). Of several solutions it is that with the smallest Σ (sⱼwⱼ)².
+        """
+        x, y = x.double().cpu(), y.double().cpu()
+        mean, target = x.mean(0) * bias, y.mean() * bias
+        columns = x - mean
+        inverse = _inverse(columns.square().mean(0).sqrt(), mean)
+        goal = (y - target)[:, None]
+        found = torch.linalg.lstsq(columns * inverse, goal, driver="gelsd")
+        weight = inverse * found.solution[:, 0]
+        offset, kept = target - mean @ weight, found.singular_values[: max(1, int(found.rank))]
+        loss = (columns @ weight - goal[:, 0]).square().mean()
+        condition = (kept[0] / kept[-1]).square()
+        return cls(weight, offset if bias else None, loss, float(condition))
 
     @property
     def theta(self) -> Tensor:
@@ -156,17 +182,18 @@ class Moments:
         Each column is divided by its scale s, the standard deviation or without bias the root mean
         square, so that units do not decide which eigenvalues count as zero. Of several solutions
         it is that with the smallest Σ (sⱼwⱼ)². As in all normal equations, the condition κ of the
-        scaled matrix costs log₁₀ κ of 16 digits.
+        scaled matrix costs log₁₀ κ of 16 digits; see `Optimum.dropped` for what is beyond.
         """
         second = self.cov if bias else self.cov + torch.outer(self.mean, self.mean)
-        scale = second.diagonal()[:-1].clamp(min=0).sqrt()
-        rounding = 16 * torch.finfo(torch.float64).eps * self.mean[:-1].abs()  # of the mean
-        inverse = torch.where(scale > rounding, 1 / scale, 0.0)
-        scaled = second[:-1, :-1] * torch.outer(inverse, inverse)
-        pseudo = torch.linalg.pinv(scaled, rtol=rank_tolerance(self.size), hermitian=True)
-        weight = inverse * (pseudo @ (inverse * second[:-1, -1]))
+        inverse = _inverse(second.diagonal()[:-1].clamp(min=0).sqrt(), self.mean[:-1])
+        values, vectors = torch.linalg.eigh(second[:-1, :-1] * torch.outer(inverse, inverse))
+        kept = values > values[-1] * rank_tolerance(self.size)
+        along = vectors.T @ (inverse * second[:-1, -1])
+        weight = inverse * (vectors @ torch.where(kept, along / values, 0.0))
         offset = (self.mean[-1] - torch.dot(self.mean[:-1], weight)) * bias
-        return Optimum(weight, offset if bias else None, self.loss(weight, offset).clamp(min=0))
+        loss, dropped = self.loss(weight, offset).clamp(min=0), (inverse > 0).sum() - kept.sum()
+        condition = float(values[-1] / values[kept].amin()) if kept.any() else 1.0
+        return Optimum(weight, offset if bias else None, loss, condition, int(dropped))
 
 
 class MomentsBatch(Batch):
@@ -198,3 +225,9 @@ def rank_tolerance(size: int) -> float:
     # On digits the rounding lies at 1e-17 and the smallest true eigenvalues at 2e-12: a coarser
     # cut would drop pixels that are lit in a single picture.
     return max(size, 32) * torch.finfo(torch.float64).eps
+
+
+def _inverse(scale: Tensor, mean: Tensor) -> Tensor:
+    """Return 1/scale of each column, and 0 of one that is constant but for its rounding."""
+    rounding = 16 * torch.finfo(torch.float64).eps * mean.abs()
+    return torch.where(scale > rounding, 1 / scale, 0.0)

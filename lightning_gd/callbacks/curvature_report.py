@@ -16,10 +16,9 @@ from lightning_gd.batch import Batch, as_batch, batches_of
 from lightning_gd.curvature import largest_eigenvalue
 from lightning_gd.data.loader import GlobalBatches
 from lightning_gd.data.tensors import tensor_data
-from lightning_gd.leastsquares import LeastSquares
+from lightning_gd.leastsquares import MOST_PARAMETERS, LeastSquares
 from lightning_gd.module import GradientDescentModule
 
-MOST_PARAMETERS = 4097  # the eigendecomposition for more takes longer than most runs
 MOST_PREDICTED = 5000  # updates of the predicted curves
 MOST_ROWS = 2048  # local rows for the curvature of a loss that is not least squares
 RISEN = 1.1  # times its lowest: a loss at the end that is warned of
@@ -95,6 +94,11 @@ def _exact(trainer: Trainer, module: Any, squares: LeastSquares, verbose: bool) 
     if updates and squares.data.full_batch:
         left = "less than 1 % of the loss above the optimum is left"
         lines.append(f"from update {made + updates:,} on, {left}")
+    if dropped := squares.optimum.dropped:
+        lines.append(
+            f"{dropped} directions are too flat for moments in float64: the exact solution is that "
+            "without them, and its loss may be above the least one"
+        )
     if verbose:
         lines += curvature.details(lr, momentum)
     steady = h["scheduler"] is None and h["gradient_clip_val"] is None and squares.data.full_batch
