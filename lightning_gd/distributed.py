@@ -1,5 +1,7 @@
 """Sums and means over processes: the only file that calls a collective."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +20,17 @@ def reduce_sum(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def differing(named: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors whose values are not the same on all processes."""
+    found = []
+    for name, tensor in named.items() if world_size() > 1 else ():
+        ends = torch.stack([tensor.double(), -tensor.double()]).nan_to_num()
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        if (ends[0] != -ends[1]).any():
+            found.append(name)
+    return found
 
 
 def any_process(holds: bool) -> bool:

@@ -3,6 +3,7 @@
 import math
 import warnings
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DistributedSampler
 from lightning_gd.adaptation import adapt, move_to_place
 from lightning_gd.batch import DataBatch, EvenSteps, GivesUpdates, as_batch, batches_of
 from lightning_gd.curves import Value
+from lightning_gd.distributed import differing
 from lightning_gd.evaluation import EvaluatedModule, check_batch, watched
 from lightning_gd.settings import arguments_of
 from lightning_gd.updates import (
@@ -40,14 +42,21 @@ class RunHooks(Callback):
 
     def setup(self, trainer: Trainer, pl_module: EvaluatedModule, stage: str) -> None:
         self.epoch_loss, self.validation_loss = [0.0, 0.0], None
-        self._unchecked = {"train", "evaluation"}
+        self._unchecked = {"train", "evaluation", "buffers"}
         pl_module.step_losses, pl_module.not_direct = [], "one update per step"
         if trainer.precision == "64-true":  # Lightning would load a checkpoint into float32 first
             pl_module.double()
         if stage == "fit":
-            pl_module.curves.history.clear()
+            kept = [getattr(logger, "kept", []) for logger in trainer.loggers]
+            pl_module.curves.restore(max(kept, key=len, default=[]))
 
     def on_fit_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
+        path = str(trainer.ckpt_path or "")
+        if Path(path).name.startswith("hpc_ckpt_") and trainer.is_global_zero:
+            print(f"from {path}, which a SLURM job left: without this file the run starts anew")
+        self._check_schedulers(trainer, pl_module)
+
+    def _check_schedulers(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         """Refuse a plateau of the model's own whose `monitor` Lightning has dropped."""
         for config in () if pl_module.automatic_optimization else trainer.lr_scheduler_configs:
             own = config.frequency != STEPPED_HERE
@@ -108,6 +117,7 @@ class RunHooks(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: EvaluatedModule, *_: Any) -> None:
         """Look at the losses of the step at once, and write the curves when enough is buffered."""
+        self._check_buffers(trainer, pl_module)
         steps, pl_module.step_losses = pl_module.step_losses, []
         if not steps:
             return
@@ -175,6 +185,19 @@ class RunHooks(Callback):
             first = as_batch(next(iter(batches_of(content))))
             if isinstance(first, DataBatch):
                 check_batch(module, first.content)
+
+    def _check_buffers(self, trainer: Trainer, module: EvaluatedModule) -> None:
+        """Warn after the first step of statistics that each process takes of its own rows."""
+        first, self._unchecked = "buffers" in self._unchecked, self._unchecked - {"buffers"}
+        names = differing(dict(module.named_buffers())) if first else []
+        if names and trainer.is_global_zero:
+            warnings.warn(
+                f"the buffers {', '.join(names)} are not the same on all {trainer.world_size} "
+                "processes: each takes them of its own rows, so the run is not that of one process,"
+                " and the checkpoint has those of the first; use a layer without statistics of the "
+                "batch (LayerNorm, GroupNorm), or --trainer.sync_batchnorm true on GPUs",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         epoch_loss = [float(value) for value in self.epoch_loss]

@@ -46,7 +46,7 @@ def launch(world, command, timeout=240, **env):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("case", worlds.CASES)
+@pytest.mark.parametrize("case", [*worlds.CASES, "auto, by products"])
 def test_the_same_weights_in_every_world(ends_of, world, case):
     assert_same(ends_of(1), ends_of(world), case)
 
@@ -69,6 +69,15 @@ def assert_parted(ends_alone, processes):
     assert torch.equal(alone, ends_alone[0]["full"]["weights"])
     assert not torch.equal(ends[0], ends[1])
     assert all((end - alone).abs().max() > 1e-3 for end in ends)
+
+
+@pytest.mark.parametrize("world", [1, *WORLDS])
+@pytest.mark.parametrize("mode", worlds.MODES)
+def test_statistics_of_the_rows_of_one_process_are_named(ends_of, world, mode):
+    said = [
+        "the buffers running_mean are not the same" in p["warned"][mode] for p in ends_of(world)
+    ]
+    assert said == [world > 1, *[False] * (world - 1)]  # by the first process
 
 
 @pytest.mark.parametrize("world", [1, *WORLDS])

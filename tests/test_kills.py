@@ -153,13 +153,31 @@ def test_interrupted_by_a_signal(forge, tmp_path, number, world):
     case = Case(forge, f"{STEPS} {MOMENTUM} {EVERY} 7", world, tmp_path)
     run = forge.start(case.command("interrupted"), world)
     first_checkpoint(run, tmp_path / "interrupted")
+    began = time.monotonic()
     os.kill(run["pids"][-1], number)
     statuses, output = forge.wait(run), run["log"].read_text()
+    assert time.monotonic() - began < 15  # pictures are drawn
     assert statuses[-1] == 128 + number and set(statuses) <= {128 + number, 128 + signal.SIGTERM}
     made = read(last(tmp_path / "interrupted"))["global_step"]
     assert f"ended the run after {made:,} updates: the same command with --ckpt_path last" in output
     assert made < case.end["global_step"] and "last checkpoint" in output  # of the end table
     case.check_resumed("interrupted")
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_ends_two_processes_at_once(forge, tmp_path):
+    typed = f"{STEPS} {MOMENTUM} {EVERY} 7 --trainer.max_epochs 9999 --trainer.devices 2"
+    typed += f" --trainer.strategy ddp --trainer.default_root_dir {tmp_path / 'run'}"
+    run = forge.start(["fit", "--config", rows(tmp_path), *typed.split()], 2)
+    first_checkpoint(run, tmp_path / "run")
+    began = time.monotonic()
+    for _ in range(2):
+        os.kill(run["pids"][0], signal.SIGTERM)
+        time.sleep(0.05)  # or the system makes them one
+    first, other = forge.wait(run)
+    assert first == -signal.SIGTERM and other in (1, 143), run["log"].read_text()[-2000:]
+    assert time.monotonic() - began < 15  # the other waits 5 s for the first to speak
+    assert read(last(tmp_path / "run"))["global_step"] > 0
 
 
 def test_killed_between_the_last_validation_of_an_epoch_and_its_end(forge, tmp_path):

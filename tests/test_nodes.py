@@ -117,6 +117,30 @@ def test_launched_runs_end_cleanly(tmp_path, launcher):
             assert status == 0, (tmp_path / "log").read_text()
 
 
+# On other numbers of processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, worlds", [("explicit", (1, 2, 3, 1)), ("autograd", (3, 1))])
+def test_resumed_on_other_numbers_of_processes(forge, tmp_path, mode, worlds):
+    """A part of the run on each number of processes."""
+    more = f"--model.gradient {mode} --model.momentum 0.9 --model.scheduler ExponentialLR"
+    more += ' --model.scheduler_args {"gamma":0.99} --model.scheduler_interval update'
+    more += " --model.lr 0.02 --pictures null"
+    updates = 9 * len(worlds)
+    for part, world in enumerate(worlds):
+        words = command(tmp_path / "parts", 9 * part + 9, world)
+        words += [*more.split(), *(["--ckpt_path", "last"] if part else [])]
+        statuses, output = forge.run(words, world)
+        assert statuses == [0] * world, output[-2000:]
+    assert forge.run([*command(tmp_path / "whole", updates, 1), *more.split()])[0] == [0]
+    last = "linear/version_0/checkpoints/last.ckpt"
+    parts, whole = (read(tmp_path / name / last) for name in ("parts", "whole"))
+    assert parts["global_step"] == whole["global_step"] == updates
+    for name, expected in whole["state_dict"].items():
+        torch.testing.assert_close(parts["state_dict"][name], expected, rtol=0, atol=1e-12)
+
+
 # Two nodes
 
 

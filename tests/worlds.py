@@ -13,26 +13,28 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_gd import ParityMLP, ParityRegressor, distributed
+from lightning_gd import ParityMLP, ParityRegressor, distributed, leastsquares
 from lightning_gd.callbacks.gradient_check import GradientCheck
 from lightning_gd.data.streams import StreamedTable
 from lightning_gd.data.tensors import Table, TensorDataModule
 from lightning_gd.gradcheck import GradientError
 
 UPDATES = 60
+MODES = ("explicit", "autograd")
 
 
 class OddRows(TensorDataModule):
     """41 rows of 6 features, with targets ±1, which no world but one divides; 11 to test."""
 
-    def __init__(self, window_rows=None, **settings):
+    def __init__(self, num_train=41, window_rows=None, **settings):
         super().__init__(**settings)
+        self.num_train = num_train
         self.window_rows = window_rows  # as if they were on disk
 
     def load(self):
         x = torch.randn(52, 6, generator=torch.Generator().manual_seed(5)).double()
         table = Table(x, (x[:, 0] + 0.3 * x[:, 1].square() - 0.2).sign())
-        parts = {"train": table.part(slice(41)), "test": table.part(slice(41, None))}
+        parts = {"train": table.part(slice(self.num_train)), "test": table.part(slice(41, None))}
         if self.window_rows is None:
             return parts
         return {k: StreamedTable(Blocks(t), self.window_rows) for k, t in parts.items()}
@@ -66,6 +68,25 @@ class Weighted(ParityRegressor):
         q = x[:, 0].abs()
         d = 2 * q * (self(x) - y) / q.sum()
         return {"weight": d @ x, "bias": d.sum()}
+
+
+class Scaled(ParityRegressor):
+    """With buffers: scales of the features, and a mean of the rows that this process has seen."""
+
+    def __init__(self, running=False, **settings):
+        super().__init__(**settings)
+        self.running = running
+        self.register_buffer("scales", torch.linspace(0.5, 2, 6).double())
+        self.register_buffer("running_mean", torch.zeros(6).double())
+
+    def forward(self, x):
+        if self.training and self.running:
+            self.running_mean += 0.1 * (x.mean(0) - self.running_mean)
+        return super().forward(x * self.scales)
+
+    def gradients(self, x, y):
+        r = self(x) - y
+        return {"weight": 2 / len(y) * r @ (x * self.scales), "bias": 2 * r.mean()}
 
 
 class SummedFormula(ParityRegressor):
@@ -102,6 +123,20 @@ CASES |= {
     "on disk": ({**SEVERAL, "window_rows": 12, "num_val": 5}, {"momentum": 0.9}),
     "on disk, moments": ({**MOMENTS, "window_rows": 12}, {"momentum": 0.9}),
     "moments auto": (MOMENTS, {"lr": "auto"}),
+}
+UPDATED = {"scheduler": "ExponentialLR", "scheduler_args": {"gamma": 0.99}}
+UPDATED |= {"scheduler_interval": "update", "gradient_clip_val": 0.5, "momentum": 0.9}
+PLATEAU = {"scheduler": "ReduceLROnPlateau", "scheduler_args": {"patience": 1, "factor": 0.7}}
+for size in range(1, 6):  # 7 rows: most processes have none of the last batch
+    CASES[f"7 rows by {size}"] = {"num_train": 7, "batch_size": size}, {"momentum": 0.5}
+CASES |= {
+    "7 rows by 2, autograd": ({"num_train": 7, "batch_size": 2}, {"gradient": "autograd"}),
+    "clipped, by update": (SEVERAL, {**UPDATED, "accumulate_grad_batches": 3}),
+    "Adam, hidden": (TINY, {**HIDDEN, "optimizer": "Adam", "momentum": 0, "lr": 0.01}),
+    "plateau on val/loss": (TINY, {**PLATEAU, "momentum": 0.9}),
+    "plateau, autograd": (TINY, {**PLATEAU, "gradient": "autograd"}),
+    "buffers": (MINI, {"cls": Scaled, "lr": 0.01}),
+    "buffers, autograd": (MINI, {"cls": Scaled, "lr": 0.01, "gradient": "autograd"}),
 }
 
 
@@ -147,6 +182,14 @@ def message_of(**settings):
     return ""
 
 
+def warnings_of(**settings):
+    """What a fit warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(MINI, **settings)
+    return "\n".join(str(warning.message) for warning in caught)
+
+
 def run_all():
     """Every case by its name, one without reduction, and the mistakes found in planted ones."""
     reduce_sum, ends = distributed.reduce_sum, {name: run(*case) for name, case in CASES.items()}
@@ -165,7 +208,12 @@ def run_all():
         found["times the processes"] = message_of()
         patch.setattr(distributed, "reduce_sum", lambda tensor: tensor)
         found["no reduction"] = message_of()
-        return {**ends, "found mistakes": found, "broken": run(*CASES["full"])}
+        broken = run(*CASES["full"])
+        patch.setattr(distributed, "reduce_sum", reduce_sum)
+        patch.setattr(leastsquares, "MOST_PARAMETERS", 0)
+        ends["auto, by products"] = run(*CASES["moments auto"])
+    warned = {mode: warnings_of(cls=Scaled, running=True, gradient=mode) for mode in MODES}
+    return {**ends, "found mistakes": found, "broken": broken, "warned": warned}
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ class Interrupt(Callback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._noted = number
-        self._restore()
+        for each in self._before:  # Lightning's own would wait for the other processes
+            signal.signal(each, signal.SIG_DFL)
 
     def _restore(self) -> None:
         before, self._before = self._before, {}
