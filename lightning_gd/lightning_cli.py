@@ -28,6 +28,7 @@ from lightning_gd.checked_update import draw, print_report
 from lightning_gd.checkpoints import check_class, check_shapes, read
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.distributed import world_size
+from lightning_gd.export import check_target, export
 from lightning_gd.gradcheck import check_gradients
 from lightning_gd.logger import RunLogger
 from lightning_gd.module import GradientDescentModule
@@ -76,6 +77,9 @@ class CommandLine(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, help=text)
         text = "Seconds after which a process that does not answer ends the run."
         parser.add_argument("--process_timeout", type=float, default=120.0, help=text)
+        if self.verb == "export":
+            parser.add_argument("--to", type=str | None, help="The file: NAME.onnx or NAME.pt2.")
+            parser.add_argument("--overwrite", type=bool, default=False, help="Replace the file.")
         for key, name in CALLBACKS.items():
             cls = getattr(lightning_gd, name)
             text = " ".join(str(inspect.getdoc(cls)).split()).replace("%", "%%")
@@ -85,6 +89,10 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments; the settings of a checkpoint come before what is typed."""
         self.config = config = parser.parse_args(args)
+        if self.verb == "export":
+            check_target(config.to, config.overwrite)
+            if config.ckpt_path is None:
+                raise ValueError("export needs trained weights: --ckpt_path last, best or a file")
         if config.ckpt_path in (None, "hpc"):  # that of a SLURM job which was requeued
             return
         runs = Path(config.trainer.default_root_dir or LOGS, config.experiment)
@@ -161,6 +169,9 @@ class CommandLine(LightningCLI):
         if self.verb == "check":
             self._check()
             return
+        if self.verb == "export":
+            self._export()
+            return
         start = {"datamodule": self.datamodule, "ckpt_path": self.config.ckpt_path}
         if self.verb != "fit":
             self._say_where_weights_are_from()
@@ -210,6 +221,17 @@ class CommandLine(LightningCLI):
         report = check_gradients(self.model, draw(batch, CHECKED, seed=0))
         print_report(report, f"The gradient of {type(self.model).__name__}")
         report.raise_if_wrong()
+
+    def _export(self) -> None:
+        """Write the model of the checkpoint to a file, and say what goes in and comes out."""
+        data: Any = self.datamodule
+        data.prepare_data()
+        if state := self.checkpoint.get(type(data).__qualname__):  # the scaling of a table
+            data.load_state_dict(state)
+        data.setup("fit")
+        self.model.on_load_checkpoint(self.checkpoint)
+        self.model.load_state_dict(self.checkpoint["state_dict"])
+        print(export(self.model, data, Path(self.config.to)))
 
     def _has_test(self) -> bool:
         tables = tensor_data(self.trainer)

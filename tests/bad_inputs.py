@@ -142,6 +142,11 @@ WRONG = {
     "fraction": ([*TABLE, "good.csv", "--data.test_fraction", "1"], "test_fraction=1.0"),
     "fraction nan": ([*TABLE, "good.csv", "--data.test_fraction", ".nan"], "test_fraction=nan"),
     "table's width": ([*TABLE, "good.csv", "--model.num_features", "3"], "num_features=3 .*1"),
+    # Export
+    "no file": (["export"], "--to is missing: it must be a file that ends in .onnx or .pt2"),
+    "ending": (["export", "--to", "model.pt"], "--to model.pt must be .* ends in .onnx or .pt2"),
+    "no weights": (["export", "--to", "m.pt2"], "export needs trained weights: --ckpt_path last"),
+    "not a verb's": (["fit", "--to", "m.pt2"], "--to m.pt2"),
     # YAML
     "broken YAML": (["--config", "broken.yaml"], "broken.yaml is not YAML: .* line 2, column 1"),
     "tab": (["--config", "tab.yaml"], "tab.yaml is not YAML: .* line 2, column 1"),
@@ -212,6 +217,9 @@ FAILED = {
     "logs in no folder": (["--trainer.default_root_dir", "/proc/none"], "/proc/none"),
     "checkpoints in no folder": (["--checkpoint.dirpath", "/proc/none"], "/proc/none"),
     "checkpoints in a file": (["--checkpoint.dirpath", "mine.txt"], "mine.txt"),
+    "export into no folder": (["export", "--to", "none/m.pt2"], "there is no folder none"),
+    "export over a file": (["export", "--to", "mine.pt2"], "mine.pt2 exists already.*--overwrite"),
+    "export of no run": (["export", "--to", "m.pt2", "--ckpt_path", "last"], "no run in .*linear"),
     "no GPU backend": (["--trainer.accelerator", "tpu"], "torch_xla"),
 }
 
@@ -271,6 +279,7 @@ class Doubles(LightningDataModule):
 FILES = {
     "bad_own.py": OWN_CODE,
     "mine.txt": "mine",
+    "mine.pt2": "mine",
     "broken.yaml": "model: [1\n",
     "tab.yaml": "model:\n\tlr: 1\n",
     "binary.yaml": b"\xff\xfe\x00\x01",

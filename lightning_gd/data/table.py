@@ -80,7 +80,13 @@ class TableData(TensorDataModule):
             x = parts["train"][0]
             self.mean, self.scale = _statistics(x[: max(1, len(x) - self.num_val)])
             self._known = True
-        return {part: Table((x - self.mean) / self.scale, y) for part, (x, y, _) in parts.items()}
+        return {part: Table(self.scaled(x), y) for part, (x, y, _) in parts.items()}
+
+    def raw_rows(self, part: str) -> Tensor:
+        return self.tables[part].raw * self.scale + self.mean
+
+    def scaled(self, raw: Tensor) -> Tensor:
+        return (raw - self.mean) / self.scale
 
     def read(self, path: str, target_needed: bool = True) -> Rows:
         """Return x, y and lines of a file in float64; y is NaN where it has no target column."""

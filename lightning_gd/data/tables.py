@@ -48,11 +48,15 @@ class Table:
 
     @property
     def x(self) -> Tensor:
-        if self._x is None and (self.scale, self.shift) == (1.0, 0.0):
-            self._x = _cast(self.raw, self._dtype)
-        elif self._x is None:
-            self._x = self.raw.to(self.dtype, copy=True).mul_(self.scale).add_(self.shift)
+        if self._x is None:
+            self._x = self.scaled(self.raw)
         return self._x
+
+    def scaled(self, raw: Tensor) -> Tensor:
+        """Return the inputs x of raw ones."""
+        if (self.scale, self.shift) == (1.0, 0.0):
+            return _cast(raw, self._dtype)
+        return raw.to(self.dtype, copy=True).mul_(self.scale).add_(self.shift)
 
     @property
     def dtype(self) -> torch.dtype:  # of inputs as floats

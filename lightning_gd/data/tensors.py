@@ -95,6 +95,14 @@ class TensorDataModule(LightningDataModule):
             return tables
         return {**tables, "train": train.part(slice(rows)), "val": train.part(slice(rows, None))}
 
+    def raw_rows(self, part: str) -> Tensor:
+        """Return the inputs of a part before they are scaled, shape [N, ...]."""
+        return self.tables[part].raw
+
+    def scaled(self, raw: Tensor) -> Tensor:
+        """Return the inputs x of the model for raw ones; an exported graph holds this, too."""
+        return self.tables["train"].scaled(raw)
+
     @property
     def full_batch(self) -> bool:
         """Whether every update sees all training rows."""
