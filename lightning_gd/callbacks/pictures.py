@@ -14,6 +14,7 @@ from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.evaluation import evaluating
 from lightning_gd.leastsquares import LeastSquares
+from lightning_gd.loggers import run_folder
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import DivergenceError, whole_number
 from lightning_gd.surface import WeightPath
@@ -57,7 +58,7 @@ class Pictures(Callback):
         self._folder: Path | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder, data = trainer.log_dir if trainer.loggers else None, tensor_data(trainer)
+        folder, data = run_folder(trainer), tensor_data(trainer)
         self.lines, self.path, self._at, self._folder = [], None, None, None
         if not folder or not isinstance(pl_module, GradientDescentModule):
             return
@@ -65,7 +66,7 @@ class Pictures(Callback):
         has_surface = self._has_surface(path.size, data)  # on every process: it may raise
         if not trainer.is_global_zero:
             return
-        self._folder, self.path = Path(folder) / "pictures", path if has_surface else None
+        self._folder, self.path = folder / "pictures", path if has_surface else None
         for board in boards(trainer):
             board.add_custom_scalars({"loss": CHARTS})
             board.add_text("run", description(pl_module))
