@@ -128,7 +128,11 @@ class Line(GradientDescentModule):
 
 WRONG = {
     "mapping": (lambda y: {"y": y}, ValueError, "Line.forward must return a tensor; got dict"),
-    "branch": (lambda y: y if y.sum() > 0 else -y, ValueError, "Line cannot be exported: .*branch"),
+    "branch": (
+        lambda y: y if y.sum() > 0 else -y,
+        ValueError,
+        "cannot be exported: .*(branch|flow)",
+    ),
     "random": (lambda y: y * torch.rand(()), ArithmeticError, "graph is .* away from predictions"),
     "not a number": (lambda y: y / 0 * 0, ArithmeticError, "nan away"),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gd.data.tensors import Table, TensorDataModule
 from lightning_gd.settings import number
@@ -85,8 +85,9 @@ class TableData(TensorDataModule):
     def raw_rows(self, part: str) -> Tensor:
         return self.tables[part].raw * self.scale + self.mean
 
-    def scaled(self, raw: Tensor) -> Tensor:
-        return (raw - self.mean) / self.scale
+    @property
+    def scaled(self) -> "Standardised":
+        return Standardised(self.mean, self.scale)
 
     def read(self, path: str, target_needed: bool = True) -> Rows:
         """Return x, y and lines of a file in float64; y is NaN where it has no target column."""
@@ -138,6 +139,21 @@ class TableData(TensorDataModule):
         if self.tables and not same:
             self.tables = {}
             self.setup(None if self.trainer is None else self.trainer.state.fn)
+
+
+class Standardised(nn.Module):
+    """zⱼ = (xⱼ − mⱼ)/sⱼ of each column; a module, so that an exported graph can hold m and s."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.scale
 
 
 def _header(path: str, separator: str) -> list[str]:

@@ -56,7 +56,7 @@ class Table:
         """Return the inputs x of raw ones."""
         if (self.scale, self.shift) == (1.0, 0.0):
             return _cast(raw, self._dtype)
-        return raw.to(self.dtype, copy=True).mul_(self.scale).add_(self.shift)
+        return raw.to(self.dtype) * self.scale + self.shift
 
     @property
     def dtype(self) -> torch.dtype:  # of inputs as floats

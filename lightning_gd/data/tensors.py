@@ -1,5 +1,6 @@
 """The DataModule that holds tables in memory and feeds them to any model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,9 +100,10 @@ class TensorDataModule(LightningDataModule):
         """Return the inputs of a part before they are scaled, shape [N, ...]."""
         return self.tables[part].raw
 
-    def scaled(self, raw: Tensor) -> Tensor:
-        """Return the inputs x of the model for raw ones; an exported graph holds this, too."""
-        return self.tables["train"].scaled(raw)
+    @property
+    def scaled(self) -> Callable[[Tensor], Tensor]:
+        """The function of raw inputs that gives x; an exported graph holds it, too."""
+        return self.tables["train"].scaled
 
     @property
     def full_batch(self) -> bool:
