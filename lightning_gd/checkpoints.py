@@ -133,19 +133,11 @@ class SafeCheckpointIO(CheckpointIO):
     ) -> None:
         """Write the file, or leave the existing one untouched and raise OSError."""
         target, buffer = Path(local(path)), io.BytesIO()
-        # Only this process writes this name; what a killed one left of it is written over.
-        partial = target.with_name(f".{target.name}.partial")
         torch.save(self._stamped(checkpoint), buffer)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-            _sync_folder(target.parent)
+            write_whole(target, buffer.getbuffer())
         except OSError as error:
-            partial.unlink(missing_ok=True)
             kept = "the previous one is untouched" if target.exists() else "there is none yet"
             raise OSError(f"checkpoint {target} was not written: {error}; {kept}") from error
 
@@ -174,6 +166,22 @@ class SafeCheckpointIO(CheckpointIO):
         kept = checkpoint.get("hyper_parameters", self.model.hparams_initial)  # or weights alone
         ours["left_out"] = sorted(self.model.hparams_initial.keys() - kept.keys())
         return checkpoint
+
+
+def write_whole(target: Path, content: bytes | memoryview) -> None:
+    """Write a file by another name, sync and rename it: a failure leaves an old one untouched."""
+    # Only this process writes this name; what a killed one left of it is written over.
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+        _sync_folder(target.parent)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from lightning_gd import __version__
 from lightning_gd.arguments import UsageError, check, unknown
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
-VERBS = ("fit", "validate", "test", "predict", "check")
+VERBS = ("fit", "validate", "test", "predict", "check", "export")
 DEFAULT = "parity"
 LARGEST = 10**7  # bytes of a YAML file, and values in it
 SHORT = {"--verbose": "--curvature_report.verbose=true"}

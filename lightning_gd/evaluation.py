@@ -181,8 +181,8 @@ def check_batch(model: nn.Module, content: Any) -> None:
     prediction = _predicted(model, x[:2]) if len(x) else None
     if isinstance(prediction, Tensor) and _broadcasts(prediction, y[:2]):
         raise ValueError(
-            f"{type(model).__name__}.forward returns {_form(prediction)} for x {_form(x)}, which "
-            f"would broadcast with y {_form(y)}: return the shape of y"
+            f"{type(model).__name__}.forward returns {form(prediction)} for x {form(x)}, which "
+            f"would broadcast with y {form(y)}: return the shape of y"
         )
 
 
@@ -191,7 +191,7 @@ def _predicted(model: nn.Module, x: Tensor) -> Any:
         try:
             return model(x)
         except (RuntimeError, IndexError) as error:
-            what = f"{type(model).__name__} cannot take the data, whose x is {_form(x)}"
+            what = f"{type(model).__name__} cannot take the data, whose x is {form(x)}"
             raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
 
 
@@ -207,5 +207,6 @@ def _broadcasts(prediction: Tensor, y: Tensor) -> bool:
         return False
 
 
-def _form(tensor: Tensor) -> str:
+def form(tensor: Tensor) -> str:
+    """Return the shape of a tensor in words such as [N, 784]."""
     return "[]" if tensor.ndim == 0 else f"[{', '.join(['N', *map(str, tensor.shape[1:])])}]"

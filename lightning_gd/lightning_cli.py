@@ -8,6 +8,7 @@ import signal
 import time
 import traceback
 import warnings
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from pydoc import locate
@@ -18,7 +19,8 @@ import yaml
 from jsonargparse.typing import lazy_instance
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -29,8 +31,10 @@ from lightning_gd.checked_update import draw, print_report
 from lightning_gd.checkpoints import check_class, check_shapes, read
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.distributed import world_size
+from lightning_gd.export import check_target, export
 from lightning_gd.gradcheck import check_gradients
 from lightning_gd.logger import RunLogger
+from lightning_gd.loggers import run_folder, run_logger, with_names, without
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.resume import find, run_of, settings_in
 from lightning_gd.settings import check_precision, number
@@ -47,6 +51,16 @@ for name in dir(lightning_gd):  # what is imported can be given by its short nam
     getattr(lightning_gd, name)
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved `config.yaml` into the folder of the run."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = run_folder(trainer) or Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = str(folder / self.config_filename)
+        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+
+
 class CommandLine(LightningCLI):
     """The parser of a verb's arguments, and the model, data and Trainer that it builds."""
 
@@ -61,7 +75,8 @@ class CommandLine(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,  # the model's own settings name them
             load_from_checkpoint_support=False,  # checkpoints hold plain settings only
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             parser_kwargs={"exit_on_error": False, "description": "All options of this command."},
             seed_everything_default=0,
             trainer_defaults=TRAINER,
@@ -77,6 +92,9 @@ class CommandLine(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, help=text)
         text = "Seconds after which a process that does not answer ends the run."
         parser.add_argument("--process_timeout", type=float, default=120.0, help=text)
+        if self.verb == "export":
+            parser.add_argument("--to", type=str | None, help="The file: NAME.onnx or NAME.pt2.")
+            parser.add_argument("--overwrite", type=bool, default=False, help="Replace the file.")
         for key, name in CALLBACKS.items():
             cls = getattr(lightning_gd, name)
             text = " ".join(str(inspect.getdoc(cls)).split()).replace("%", "%%")
@@ -85,7 +103,14 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments; the settings of a checkpoint come before what is typed."""
+        if args != (others := without(args)):
+            config = parser.parse_args(others)
+            args = with_names(args, config.trainer.default_root_dir or LOGS, config.experiment)
         self.config = config = parser.parse_args(args)
+        if self.verb == "export":
+            check_target(config.to, config.overwrite)
+            if config.ckpt_path is None:
+                raise ValueError("export needs trained weights: --ckpt_path last, best or a file")
         if config.ckpt_path in (None, "hpc"):  # that of a SLURM job which was requeued
             return
         runs = Path(config.trainer.default_root_dir or LOGS, config.experiment)
@@ -145,9 +170,8 @@ class CommandLine(LightningCLI):
         for entry in StrategyRegistry.values():  # where `auto` looks, too
             if entry["strategy"] is DDPStrategy:
                 entry["init_params"]["timeout"] = timedelta(seconds=config.process_timeout)
-        if config.trainer.logger in (None, True):
-            new = (config.trainer.default_root_dir or LOGS, config.experiment, None)
-            kwargs["logger"] = RunLogger(*(self.continued or new))
+        if config.trainer.logger is not False:
+            kwargs["logger"] = self._loggers(config)
         own = config.trainer.callbacks or []
         callbacks = list(own) if isinstance(own, list) else [own]
         callbacks += [config[key] for key in CALLBACKS if config[key] is not None]
@@ -157,22 +181,37 @@ class CommandLine(LightningCLI):
             kwargs[flag] = any(isinstance(c, kind) for c in callbacks)
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
+    def _loggers(self, config: Any) -> list[Logger]:
+        """Return the user's loggers and, last, the one with the folder of the run."""
+        typed = config.trainer.logger
+        own = list(typed) if isinstance(typed, Iterable) else [typed] * isinstance(typed, Logger)
+        boards = [logger for logger in own if isinstance(logger, RunLogger)]
+        if self.continued is None and boards:
+            return own
+        place = self.continued or (config.trainer.default_root_dir or LOGS, config.experiment, None)
+        others = [logger for logger in own if logger not in boards]
+        return [*others, RunLogger(*place, curves=bool(boards) or not others)]
+
     def execute(self) -> None:
         """Run the verb."""
         if self.verb == "check":
             self._check()
+            return
+        if self.verb == "export":
+            self._export()
             return
         start = {"datamodule": self.datamodule, "ckpt_path": self.config.ckpt_path}
         if self.verb != "fit":
             self._say_where_weights_are_from()
             getattr(self.trainer, self.verb)(self.model, **start)
             return
-        if isinstance(self.trainer.logger, RunLogger):
-            self.trainer.logger.lock()
-            shown: Any = self.trainer.logger.hparams
+        logger, files = run_logger(self.trainer), self.checkpoint.get("curve_files")
+        if logger is not None:
+            logger.lock()
+            shown: Any = logger.hparams
             shown["model"] = type(self.model).__name__
-            if self.continued is not None and self.checkpoint["curve_files"]:
-                self.trainer.logger.cut(self.checkpoint["curve_files"][0])
+            if self.continued is not None and files:
+                logger.cut({name: size for sizes in files for name, size in sizes.items()})
         table: Any = self.config_init["end_table"]
         if table is not None:
             table.deferred = True  # until the progress bar has ended, and the test if there is one
@@ -211,6 +250,17 @@ class CommandLine(LightningCLI):
         report = check_gradients(self.model, draw(batch, CHECKED, seed=0))
         print_report(report, f"The gradient of {type(self.model).__name__}")
         report.raise_if_wrong()
+
+    def _export(self) -> None:
+        """Write the model of the checkpoint to a file, and say what goes in and comes out."""
+        data: Any = self.datamodule
+        data.prepare_data()
+        if state := self.checkpoint.get(type(data).__qualname__):  # the scaling of a table
+            data.load_state_dict(state)
+        data.setup("fit")
+        self.model.on_load_checkpoint(self.checkpoint)
+        self.model.load_state_dict(self.checkpoint["state_dict"])
+        print(export(self.model, data, Path(self.config.to)))
 
     def _has_test(self) -> bool:
         tables = tensor_data(self.trainer)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
@@ -47,6 +48,8 @@ class RunLogger(TensorBoardLogger):
         save_dir: Folder of all runs.
         name: Folder of this experiment's runs in it.
         version: Number or name of the run; null takes the next number.
+        curves: Whether TensorBoard's files are written; without them it keeps the folder of a run
+            that other loggers log.
     """
 
     def __init__(
@@ -54,9 +57,10 @@ class RunLogger(TensorBoardLogger):
         save_dir: str = "lightning_logs",
         name: str | None = "run",
         version: int | str | None = None,
+        curves: bool = True,
     ) -> None:
         super().__init__(save_dir, name, version, default_hp_metric=False)
-        self._claimed = version
+        self.curves, self._claimed = curves, version
         self.kept: list[tuple[int, dict[str, float]]] = []
         self._lock: int | None = None  # an open file, while a fit writes into the folder
 
@@ -71,6 +75,11 @@ class RunLogger(TensorBoardLogger):
             except FileExistsError:  # another run was faster
                 number = int(number) + 1
         return number
+
+    @property
+    def experiment(self) -> Any:
+        """TensorBoard's SummaryWriter; without curves, what does nothing."""
+        return super().experiment if self.curves else DummyLogger().experiment
 
     @rank_zero_only
     def lock(self) -> None:
@@ -93,6 +102,8 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_only
     def log_points(self, points: list[tuple[int, dict[str, float]]]) -> None:
         """Write `(step, {tag: value})`, all values of a step in one event."""
+        if not self.curves:
+            return
         self.experiment.flush()  # what was added before comes first
         files = self._event_files()
         if not files:
@@ -111,6 +122,8 @@ class RunLogger(TensorBoardLogger):
     ) -> None:
         """Write the settings; TensorBoard adds the last value of each of `METRICS`."""
         super().log_hyperparams(params)
+        if not self.curves:
+            return
         settings: Any = self.hparams
         columns = {
             name: value if isinstance(value, (int, float)) else str(value)

@@ -156,6 +156,21 @@ WRONG = {
     "0 rows": ([*ARRAYS, "--data.x", "none.npy"], r"none.npy has shape \[0, 2\] .*one row"),
     "rows of arrays": ([*ARRAYS, "--data.y", "short.npy"], "got 4 in x.npy and 3 in short.npy"),
     "test_y": ([*ARRAYS, "--data.test_x", "x.npy"], "test_x='x.npy', test_y=None .*set both"),
+    # Export
+    "no file": (["export"], "--to is missing: it must be a file that ends in .onnx or .pt2"),
+    "ending": (["export", "--to", "model.pt"], "--to model.pt must be .* ends in .onnx or .pt2"),
+    "no weights": (["export", "--to", "m.pt2"], "export needs trained weights: --ckpt_path last"),
+    "not a verb's": (["fit", "--to", "m.pt2"], "--to m.pt2"),
+    # Loggers
+    "logger": (["--trainer.logger", "CSVLoger"], "unknown logger 'CSVLoger': did you mean 'CSVL"),
+    "second logger": (["--trainer.logger", "[CSVLogger, None]"], "unknown logger 'None': known: "),
+    "logger's number": (["--trainer.logger", "7"], "unknown logger '7': known: CSVLogger, "),
+    "loggers": (["--trainer.logger", "[CSVLogger"], r"--trainer.logger \[CSVLogger is not YAML"),
+    "logger's": (["--trainer.logger=CSVLogger", "--trainer.logger.dir", "x"], "'dir' is not accep"),
+    "logger's arguments": (
+        ["--trainer.logger", "{class_path: CSVLogger, init_args: [1]}"],
+        r"--trainer.logger: the init_args \[1\] of CSVLogger must map names to values",
+    ),
     # YAML
     "broken YAML": (["--config", "broken.yaml"], "broken.yaml is not YAML: .* line 2, column 1"),
     "tab": (["--config", "tab.yaml"], "tab.yaml is not YAML: .* line 2, column 1"),
@@ -241,8 +256,15 @@ FAILED = {
     "no checkpoint": (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
     "logs in a file": (["--trainer.default_root_dir", "mine.txt"], "mine.txt"),
     "logs in no folder": (["--trainer.default_root_dir", "/proc/none"], "/proc/none"),
+    "CSV in a file": (
+        ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "mine.txt"],
+        "mine.txt",
+    ),
     "checkpoints in no folder": (["--checkpoint.dirpath", "/proc/none"], "/proc/none"),
     "checkpoints in a file": (["--checkpoint.dirpath", "mine.txt"], "mine.txt"),
+    "export into no folder": (["export", "--to", "none/m.pt2"], "there is no folder none"),
+    "export over a file": (["export", "--to", "mine.pt2"], "mine.pt2 exists already.*--overwrite"),
+    "export of no run": (["export", "--to", "m.pt2", "--ckpt_path", "last"], "no run in .*linear"),
     "no GPU backend": (["--trainer.accelerator", "tpu"], "torch_xla"),
 }
 
@@ -302,6 +324,7 @@ class Doubles(LightningDataModule):
 FILES = {
     "bad_own.py": OWN_CODE,
     "mine.txt": "mine",
+    "mine.pt2": "mine",
     "broken.yaml": "model: [1\n",
     "tab.yaml": "model:\n\tlr: 1\n",
     "binary.yaml": b"\xff\xfe\x00\x01",

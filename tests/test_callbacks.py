@@ -213,7 +213,7 @@ def test_the_end_table_fits_its_width(make_trainer, tmp_path, monkeypatch, capsy
     assert rows.items() >= expected.items()
     own = "\n  " if width < 120 else "              "  # what is too long has a line of its own
     assert f"\nlogs{own}{FOLDER}/run/version_0\n" in text
-    assert f"tensorboard --logdir {FOLDER}" in text
+    assert f"{FOLDER}/run/version_0/metrics.csv\n" in text
     updates, losses = model.curves.history["train/loss"]
     assert updates[-1] == 50 and losses[-1] == pytest.approx(final, rel=1e-12)
 

@@ -75,13 +75,6 @@ def test_commands(command, folder):
     assert "Warning" not in done.stderr
 
 
-def test_python_prints_what_the_readme_says(folder):
-    text = next(text for text in PYTHON if "LinearRegression(" in text)
-    printed = next(t for language, t in BLOCKS if not language and t.startswith("learnt"))
-    done = good_process("-W", "ignore", "-c", text, cwd=folder)
-    assert printed in done.stdout
-
-
 class Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

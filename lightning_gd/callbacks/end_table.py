@@ -16,6 +16,7 @@ from lightning_gd.data.loader import GlobalBatches
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import RowMean
 from lightning_gd.evaluation import evaluating
+from lightning_gd.loggers import run_folder, viewers
 from lightning_gd.module import GradientDescentModule
 
 WIDTH = 18  # of the names
@@ -122,16 +123,15 @@ def _metric_rows(metrics: dict[str, float]) -> dict[str, str]:
 
 
 def _paths(trainer: Trainer) -> dict[str, str]:
-    logger, kept = trainer.logger, trainer.checkpoint_callback
-    board = _relative(getattr(logger, "save_dir", None))
+    folder, kept = run_folder(trainer), trainer.checkpoint_callback
     return {
-        "logs": _relative(getattr(logger, "log_dir", None)),
+        "logs": _relative(folder),
         "last checkpoint": _relative(getattr(kept, "last_model_path", None)),
         "best checkpoint": _relative(getattr(kept, "best_model_path", None)),
-        "look at it": board and f"tensorboard --logdir {board}",
+        **{name: _relative(text) for name, text in viewers(trainer).items()},
     }
 
 
-def _relative(path: str | None) -> str:
+def _relative(path: Path | str | None) -> str:
     """Return a path relative to the working folder where it lies inside; empty for no path."""
-    return str(path or "").removeprefix(f"{Path.cwd()}{os.sep}")
+    return str(path or "").replace(f"{Path.cwd()}{os.sep}", "")

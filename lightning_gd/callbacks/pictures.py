@@ -14,6 +14,7 @@ from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.evaluation import evaluating
 from lightning_gd.leastsquares import LeastSquares
+from lightning_gd.loggers import run_folder
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import DivergenceError, whole_number
 from lightning_gd.surface import WeightPath
@@ -62,7 +63,7 @@ class Pictures(Callback):
             self.lines, self._resumed = [], ([], [])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder, data = trainer.log_dir if trainer.loggers else None, tensor_data(trainer)
+        folder, data = run_folder(trainer), tensor_data(trainer)
         self.path, self._at, self._folder = None, None, None
         if not folder or not isinstance(pl_module, GradientDescentModule):
             return
@@ -73,7 +74,7 @@ class Pictures(Callback):
         updates, weights = self._resumed
         if {len(w) for w in weights} <= {path.size}:  # else another part of the model is trained
             path.updates, path.weights = updates, [w.to(pl_module.device) for w in weights]
-        self._folder, self.path = Path(folder) / "pictures", path if has_surface else None
+        self._folder, self.path = folder / "pictures", path if has_surface else None
         for board in boards(trainer):
             board.add_custom_scalars({"loss": CHARTS})
             board.add_text("run", description(pl_module))

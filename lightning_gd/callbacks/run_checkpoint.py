@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_gd.data.loader import GlobalBatches
 from lightning_gd.evaluation import watched
+from lightning_gd.loggers import run_folder
 from lightning_gd.settings import whole_number
 from lightning_gd.updates import epoch_is_complete
 
@@ -124,11 +125,5 @@ def _validates_now(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def _run_folder(trainer: Trainer) -> Path:
-    """Return the folder of the run: that of the first logger, or of the Trainer without one."""
-    folder = trainer.default_root_dir
-    if trainer.loggers:
-        logger = trainer.loggers[0]
-        named = isinstance(logger.version, str)
-        version = str(logger.version) if named else f"version_{logger.version}"
-        folder = str(Path(logger.save_dir or folder, str(logger.name or ""), version))
-    return Path(trainer.strategy.broadcast(folder))
+    """Return the folder of the run on every process; that of the Trainer without a logger."""
+    return Path(trainer.strategy.broadcast(str(run_folder(trainer) or trainer.default_root_dir)))

@@ -13,10 +13,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_gd.loggers import run_folder
+
 
 def boards(trainer: Trainer) -> list[Any]:
     """Return the SummaryWriters of the TensorBoard loggers, on the first process."""
     loggers = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
+    loggers = [log for log in loggers if getattr(log, "curves", True)]
     return [logger.experiment for logger in loggers if trainer.is_global_zero]
 
 
@@ -30,9 +33,10 @@ def description(module: LightningModule) -> str:
 
 def write_csv(trainer: Trainer, name: str, rows: Iterable[Iterable[Any]]) -> Path | None:
     """Write rows to a file and return its path; None where the run has no folder."""
-    if trainer.logger is None or not trainer.logger.log_dir:
+    folder = run_folder(trainer)
+    if folder is None:
         return None
-    path = Path(trainer.logger.log_dir, name)
+    path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)

@@ -59,10 +59,14 @@ class StreamedTable(Table):
     def read(self, start: int, stop: int, convert: bool = True) -> tuple[Tensor, Tensor]:
         """Return x and y of rows of one block, in the precision of the run or as they are."""
         x, y = self.source.read(start, stop)
-        found = (self.inputs(x), self._cast(y)) if convert else (x, y)
+        found = (self.scaled(x), self._cast(y)) if convert else (x, y)
         for name, values in zip("xy", found, strict=True):
             check_finite(name, values, self.source.name, start)
         return found
+
+    def first_rows(self, most: int) -> Tensor:
+        start, stop = self.blocks[0]
+        return self.read(start, min(stop, start + most), convert=False)[0]
 
     def pieces(self, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield x and y of the blocks of one process, at most 8,192 rows at once."""
@@ -148,7 +152,7 @@ class Windows(Order):
 
     def _read(self, count: int, blocks: list[int]) -> tuple[Tensor, Tensor]:
         table, done = self.stored, 0
-        form = table.inputs(table.raw[:0])
+        form = table.scaled(table.raw[:0])
         x = torch.empty(count, *form.shape[1:], dtype=form.dtype)
         y = torch.empty(count, *table.y.shape[1:], dtype=table.y.dtype)
         for start, stop in (table.blocks[block] for block in blocks):

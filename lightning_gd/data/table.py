@@ -7,7 +7,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gd.data.csvs import frame_of, header, values_of
 from lightning_gd.data.parquet import RowGroups, columns_of, is_parquet
@@ -96,7 +96,14 @@ class TableData(TensorDataModule):
             x = parts["train"][0]
             self.mean, self.scale = _statistics(x[: max(1, len(x) - self.num_val)])
             self._known = True
-        return {part: Table((x - self.mean) / self.scale, y) for part, (x, y, _) in parts.items()}
+        return {part: Table(self.scaled(x), y) for part, (x, y, _) in parts.items()}
+
+    def raw_rows(self, part: str, most: int) -> Tensor:
+        return super().raw_rows(part, most) * self.scale + self.mean
+
+    @property
+    def scaled(self) -> "Standardised":
+        return Standardised(self.mean, self.scale)
 
     def _on_disk(self, groups: RowGroups) -> dict[str, Table]:
         rows = len(groups.y)
@@ -116,7 +123,7 @@ class TableData(TensorDataModule):
         if self.test_path:
             x, y, lines = self.read(self.test_path)
             self.test_lines = lines.tolist()
-            tables["test"] = Table((x - self.mean) / self.scale, y)
+            tables["test"] = Table(self.scaled(x), y)
         elif held:
             self.test_lines = range(rows - held, rows)
             tables["test"] = StreamedTable(groups, self.buffer_rows, self.test_lines)
@@ -184,6 +191,21 @@ class TableData(TensorDataModule):
         if self.tables and not same:
             self.tables = {}
             self.setup(None if self.trainer is None else self.trainer.state.fn)
+
+
+class Standardised(nn.Module):
+    """zⱼ = (xⱼ − mⱼ)/sⱼ of each column; a module, so that an exported graph can hold m and s."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.scale
 
 
 def _features(path: str, names: list[str], target: str, chosen: list[str] | None) -> list[str]:

@@ -46,14 +46,18 @@ class Table:
     @property
     def x(self) -> Tensor:
         if self._x is None:
-            self._x = self.inputs(self.raw)
+            self._x = self.scaled(self.raw)
         return self._x
 
-    def inputs(self, raw: Tensor) -> Tensor:
-        """Return x of some raw rows."""
+    def scaled(self, raw: Tensor) -> Tensor:
+        """Return the inputs x of raw ones."""
         if (self.scale, self.shift) == (1.0, 0.0):
             return self._cast(raw)
         return raw.to(self.dtype, copy=True).mul_(self.scale).add_(self.shift)
+
+    def first_rows(self, most: int) -> Tensor:
+        """Return some inputs before they are scaled."""
+        return self.raw[:most]
 
     def _cast(self, values: Tensor) -> Tensor:
         if self.floats and not values.is_floating_point():

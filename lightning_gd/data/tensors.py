@@ -1,5 +1,6 @@
 """The DataModule that holds tables in memory and feeds them to any model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -103,6 +104,15 @@ class TensorDataModule(LightningDataModule):
         if self.num_val == 0:
             return tables
         return {**tables, "train": train.part(slice(rows)), "val": train.part(slice(rows, None))}
+
+    def raw_rows(self, part: str, most: int) -> Tensor:
+        """Return some inputs of a part before they are scaled, shape [N, ...]."""
+        return self.tables[part].first_rows(most)
+
+    @property
+    def scaled(self) -> Callable[[Tensor], Tensor]:
+        """The function of raw inputs that gives x; an exported graph holds it, too."""
+        return self.tables["train"].scaled
 
     @property
     def full_batch(self) -> bool:
