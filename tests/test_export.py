@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gd import (
+    ArrayData,
     GradientDescentModule,
+    LinearRegression,
     MNISTParityData,
     ParityConv,
     ParityMLP,
@@ -115,6 +117,19 @@ def test_a_model_of_ones_own(tmp_path):
         assert ": int64 [N, 5] to float32 [N, 3], " in export(model, data, path)
     (x, _), *_ = data.train_dataloader()
     torch.testing.assert_close(predict(path, x[:7]), model.eval()(x[:7]).detach(), **CLOSE)
+
+
+@pytest.mark.parametrize("buffer_rows", [10, 100])
+def test_arrays_also_on_disk(tmp_path, buffer_rows):
+    rng, files = np.random.default_rng(0), {k: str(tmp_path / f"{k}.npy") for k in "xy"}
+    for name, shape in (("x", (40, 3)), ("y", 40)):
+        np.save(files[name], rng.integers(-9, 9, shape).astype(np.int16))
+    data, path = ArrayData(**files, buffer_rows=buffer_rows, batch_size=5), tmp_path / "a.pt2"
+    data.setup()
+    model = LinearRegression(num_features=3, start="linear")
+    assert ": int16 [N, 3] to float32 [N], " in export(model, data, path)
+    raw = torch.from_numpy(np.load(files["x"]))
+    torch.testing.assert_close(predict(path, raw), model(raw.float()).detach(), **CLOSE)
 
 
 class Line(GradientDescentModule):

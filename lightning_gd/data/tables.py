@@ -53,7 +53,7 @@ class Table:
         """Return the inputs x of raw ones."""
         if (self.scale, self.shift) == (1.0, 0.0):
             return self._cast(raw)
-        return raw.to(self.dtype, copy=True).mul_(self.scale).add_(self.shift)
+        return raw.to(self.dtype) * self.scale + self.shift  # torch 2.6 exports none in place
 
     def first_rows(self, most: int) -> Tensor:
         """Return some inputs before they are scaled."""
