@@ -87,7 +87,11 @@ class EvaluatedModule(LightningModule):
         fed = float(any(metric.update_called for metric in found.values()))
         if not reduce_sum(torch.tensor(fed, device=self.device)):
             return {}
-        return {name: metric.compute() for name, metric in found.items()}
+        values = {name: metric.compute() for name, metric in found.items()}
+        if self.device.type == "mps":
+            return values
+        # Lightning takes the mean over processes, which in float32 would round what is equal.
+        return {name: torch.as_tensor(value).double() for name, value in values.items()}
 
     def _evaluate(self, batch: Batch) -> None:
         rows, metrics = batch.rows(self), dict(self._evaluation)
