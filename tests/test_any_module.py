@@ -1,6 +1,7 @@
 """LightningModules that know nothing of this package: the right ones pass, a mistake is found."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -129,9 +130,20 @@ def test_a_run_with_the_check_is_the_run_without(make_trainer, tmp_path, name):
     assert ends[0] == ends[1] and check.checks > 1
 
 
+def has_bf16_lstm():
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            torch.nn.LSTM(2, 2)(torch.zeros(1, 1, 2))
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", ["metrics", "lstm", "tasks", "tied"])
 def test_other_precisions_pass(make_trainer, name, precision):
+    if name == "lstm" and precision == "bf16-mixed" and not has_bf16_lstm():
+        pytest.skip("this processor has no LSTM in bfloat16: torch raises for the module itself")
     module, batches, _ = built(name)
     _, check = fit(make_trainer, module, batches, precision=precision)
     assert check.checks == 3
@@ -165,8 +177,11 @@ def test_a_function_for_float32_alone(make_trainer, monkeypatch, reference, fact
     monkeypatch.setattr(Single, "factor", factor)
     check, module = GradientCheck(reference=reference), Plain(Cubes())
     if factor != 1:
-        with pytest.raises(GradientError, match=rf"layer.*: (p.grad is )?{factor}[.\d]* times"):
+        with pytest.raises(GradientError) as raised:
             fit(make_trainer, module, [rows()], check)
+        named = re.search(r"layer.*: (?:p.grad is )?([.\d]+) times", str(raised.value))
+        # Rounding in float32, which differs between processors.
+        assert named is not None and float(named[1]) == pytest.approx(factor, rel=1e-3)
         return
     fit(make_trainer, module, [rows()], check)
     assert check.checks == 3 and all(check.tested.values())

@@ -263,9 +263,11 @@ def without_the_means_between(_, self, reduce_sum):
     return Moments(round(sums[-1].item()), sums[:-1] / sums[-1], cov / sums[-1])
 
 
-def with_replacement(_, self, epoch):
-    dice = torch.Generator().manual_seed(epoch)
-    return torch.randint(len(self.table), [len(self.table)], generator=dice)
+def with_replacement(order, self, epoch):
+    found, dice = order(self, epoch), torch.Generator().manual_seed(epoch)
+    if found is not None:
+        found.rows = torch.randint(len(found.rows), [len(found.rows)], generator=dice)
+    return found
 
 
 MUTANTS = {  # class, method, and what takes its place and gets it as the first argument
