@@ -88,7 +88,10 @@ def _check_file(path: str) -> dict[str, str]:
         if isinstance(entry, dict) and isinstance(entry.get("class_path"), str):
             chosen[part] = _check_class(part, entry["class_path"])
             settings = settings_of(part, chosen[part])
-            for name, value in (entry.get("init_args") or {}).items() if settings else ():
+            given = entry.get("init_args") or {}
+            if not isinstance(given, dict):
+                raise UsageError(f"{path}: {part}.init_args={given!r} must map settings to values")
+            for name, value in given.items() if settings else ():
                 label = f"{path}: {part}.init_args.{name}"
                 _check_setting(label, part, name, _typed(value), settings)
     return chosen
@@ -109,11 +112,8 @@ def _check_class(part: str, text: str) -> str:
             raise UsageError(f"--{part} {text}: there is no module {module.partition('.')[0]!r}")
         return ""
     known = [name for name in lightning_gd.names() if _derives(name, BASES[part])]
-    if (
-        name not in (*known, BASES[part])
-        and not text.endswith((".yaml", ".yml"))
-        and not text.startswith("{")
-    ):
+    is_yaml = text.endswith((".yaml", ".yml")) or text.startswith("{")
+    if name not in (*known, BASES[part]) and not is_yaml:
         own = f"; one of your own is given as module.{part.capitalize()}"
         raise UsageError(unknown(part, name, known, own))
     return name if name in lightning_gd.names() else ""

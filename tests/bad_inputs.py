@@ -181,6 +181,7 @@ WRONG = {
     "unknown key": (["--config", "unknown.yaml"], "'modle'"),
     "unknown init arg": (["--config", "lrr.yaml"], "lrr.yaml: .*did you mean 'lr'"),
     "type in a file": (["--config", "type.yaml"], "type.yaml: .*lr=ten must be a number or 'auto'"),
+    "list in a file": (["--config", "args.yaml"], r"init_args=\[1\] must map settings to values"),
     "class in a file": (["--config", "class.yaml"], "did you mean 'RidgeRegression'"),
     # Checkpoints
     "URL": (["--ckpt_path", "http://127.0.0.1/x.ckpt"], "is a URL: only local files"),
@@ -335,6 +336,7 @@ FILES = {
     "unknown.yaml": "modle: 1\n",
     "lrr.yaml": "model: {class_path: lightning_gd.LinearRegression, init_args: {lrr: 1}}\n",
     "type.yaml": "model: {class_path: LinearRegression, init_args: {lr: ten}}\n",
+    "args.yaml": "model: {class_path: LinearRegression, init_args: [1]}\n",
     "class.yaml": "model: {class_path: lightning_gd.Ridge}\n",
     "pictures.yaml": "pictures: {worst: -1}\n",
     "good.csv": "a,y\n1,2\n2,4\n3,6\n",
