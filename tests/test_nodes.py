@@ -100,7 +100,7 @@ def test_the_end_of_one_process_ends_the_job(tmp_path, launcher, how):
 # All goes well: so does the end
 
 
-@pytest.mark.parametrize("tried", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tried", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_runs_with_2_processes_end_cleanly(forge, tmp_path, tried):
     for n in range(tried):
         with counted(CLEAN):
@@ -110,7 +110,7 @@ def test_runs_with_2_processes_end_cleanly(forge, tmp_path, tried):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launched_runs_end_cleanly(tmp_path, launcher):
-    for n in range(3):
+    for n in range(2):
         words = [*LAUNCHERS[launcher], *command(tmp_path / str(n), 30)]
         with counted(CLEAN):
             status = start(words, tmp_path / "log").wait(timeout=120)

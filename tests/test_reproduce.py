@@ -52,7 +52,7 @@ def test_lessons_that_need_no_digits_agree(main, capsys):
 @pytest.mark.slow  # 3,500 updates on 2,000 digits
 def test_lesson_of_the_digits(main, capsys):
     assert main(["002"]) == 0
-    printed = capsys.readouterr().out  # with the full MNIST .ci/run runs it
+    printed = capsys.readouterr().out  # with the full MNIST a test of the README runs it
     assert "1 of 1 experiments agree with the notebooks; 3 more need" in printed
     assert reproduce.FETCH in printed
 
