@@ -97,7 +97,11 @@ for name in FOREIGN:
     CASES |= {name: case, f"wrong {name}": partial(case, layer=layer)}
 
 foreign = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in FOREIGN]
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow, pytest.mark.long]) if n in LARGE else n
+        for n in FOREIGN
+    ],
 )
 
 

@@ -14,7 +14,11 @@ import worlds
 # updates keep it below 1e-12 of weights of order 1.
 CLOSE = {"rtol": 0, "atol": 1e-12}
 # On two cores each takes its time.
-WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))]
+WORLDS = [
+    2,
+    pytest.param(3, marks=[pytest.mark.slow, pytest.mark.long]),
+    pytest.param(4, marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="session")

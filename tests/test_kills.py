@@ -139,8 +139,13 @@ def test_killed_at_a_random_moment(forge, tmp_path):
     survive_two_kills(Case(forge, f"{typed} --trainer.max_epochs 12", world, tmp_path), seed=1)
 
 
+LONG = ("full batch, autograd", "mini-batches, autograd", "accumulation, autograd")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in CASES]
+)
 def test_killed_at_more_random_moments(forge, tmp_path, name):
     survive_two_kills(Case(forge, *CASES[name], tmp_path), seed=name)
 

@@ -43,7 +43,7 @@ def test_the_digits_are_those_of_torchvision(tables):
     [
         (True, "explicit"),
         pytest.param(False, "explicit", marks=pytest.mark.slow),
-        pytest.param(False, "autograd", marks=pytest.mark.slow),
+        pytest.param(False, "autograd", marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
 def test_a_thousand_full_batch_updates(make_trainer, tables, moments, gradient):
