@@ -139,6 +139,16 @@ def test_a_loss_that_swings_beyond_its_lowest_is_warned_of(make_trainer, capsys,
     assert "at the start, on 2 rows, a learning rate below 4 is stable" in said
 
 
+def test_a_loss_that_swings_about_nothing_is_not_warned_of(make_trainer, capsys):
+    """With momentum β the loss of an exact fit passes by 0 again and again, as it falls by βᵏ."""
+    trainer = make_trainer(max_steps=200, callbacks=[CurvatureReport()])
+    data = PointsData(x=[1, 2, 3, 4], y=[2, 4, 6, 8], passes_per_epoch=200)
+    model = fit(trainer, data, num_features=1, lr=0.01, momentum=0.9, bias=False)
+    losses = model.curves.history["train/loss"][1]
+    assert losses[-1] > 1.1 * min(losses) and losses[-1] < 1e-6 * losses[0]
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_the_curvature_where_the_hessian_at_the_start_is_0(make_trainer, capsys):
     """Both rows have |r| > 1 at w = 0; after the update w = lr·10 only x = 1 has |r| < 1."""
     trainer = make_trainer(max_steps=1, callbacks=[CurvatureReport()])

@@ -21,7 +21,7 @@ from lightning_gd.module import GradientDescentModule
 
 MOST_PREDICTED = 5000  # updates of the predicted curves
 MOST_ROWS = 2048  # local rows for the curvature of a loss that is not least squares
-RISEN = 1.1  # times its lowest: a loss at the end that is warned of
+RISEN, SEEN = 1.1, 1e-3  # times its lowest, and by this part of the first: a loss to warn of
 
 
 class CurvatureReport(Callback):
@@ -69,7 +69,8 @@ class CurvatureReport(Callback):
             return
         steps, losses = pl_module.curves.history.get("train/loss", ([], []))
         lowest = min(losses, default=math.nan)
-        if losses and losses[-1] > RISEN * lowest:
+        # Near the optimum of an exact fit the loss swings with momentum, or is rounding errors.
+        if losses and losses[-1] > RISEN * lowest and losses[-1] - lowest > SEEN * losses[0]:
             lr, best, last = pl_module.hparams["lr"], steps[losses.index(lowest)], steps[-1]
             rose = f"{lowest:.4g} at update {best:,} and is {losses[-1]:.4g} at update {last:,}"
             _say(trainer, [f"WARNING: train/loss was {rose}: lr {lr:.4g} is too large for it"])
