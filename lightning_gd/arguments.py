@@ -5,6 +5,7 @@ answered within a second. What is not understood here is left to the parser.
 """
 
 import ast
+import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -149,10 +150,10 @@ def _takes(form: str, text: str) -> bool:
     """Tell whether a text is a value of the type, or of the literal, that `form` names."""
     value = yaml.safe_load(text) if form != "str" else text
     if form == "float":
-        try:
-            return not isinstance(value, bool) and float(value) is not None
-        except (TypeError, ValueError):
-            return False
+        with contextlib.suppress(TypeError, ValueError):
+            float(value)  # also of 1e-3, which YAML takes for a text
+            return not isinstance(value, bool)
+        return False
     kinds = {"int": int, "bool": bool, "str": str, "None": type(None)}
     if form in kinds:
         return isinstance(value, kinds[form]) and (form != "int" or not isinstance(value, bool))

@@ -80,7 +80,7 @@ def from_moments(moments: Moments, bias: bool) -> Solution:
     lengths = (curvature.eigenvalues[-rank:] * moments.n / 2).sqrt()  # XᵀX = N/2 H
     spread = pad(curvature.eigenvectors[:, -rank:] / lengths, (0, 0, 0, 1 - bias))
     theta = pad(best.theta, (0, 1 - bias))
-    deviation = float(best.loss * moments.n / freedom) ** 0.5 if freedom else math.nan
+    deviation = float(best.loss * moments.n / freedom) ** 0.5 if freedom > 0 else math.nan
     return Solution(theta, curvature.condition_number, spread, deviation)
 
 
