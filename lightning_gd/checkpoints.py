@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,8 @@ class SafeCheckpointIO(CheckpointIO):
         torch.save(self._stamped(checkpoint), buffer)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(target, buffer.getbuffer())
+            with whole(target) as partial:
+                partial.write_bytes(buffer.getbuffer())
         except OSError as error:
             kept = "the previous one is untouched" if target.exists() else "there is none yet"
             raise OSError(f"checkpoint {target} was not written: {error}; {kept}") from error
@@ -168,20 +169,21 @@ class SafeCheckpointIO(CheckpointIO):
         return checkpoint
 
 
-def write_whole(target: Path, content: bytes | memoryview) -> None:
-    """Write a file by another name, sync and rename it: a failure leaves an old one untouched."""
-    # Only this process writes this name; what a killed one left of it is written over.
+@contextlib.contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """Give another name to write to, then sync and rename: a failure leaves an old file untouched.
+
+    Only this process writes that name; what a killed one left of it is written over.
+    """
     partial = target.with_name(f".{target.name}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield partial
+        with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, target)
         _sync_folder(target.parent)
-    except OSError:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
-from lightning_gd.checkpoints import write_whole
+from lightning_gd.checkpoints import whole
 from lightning_gd.data.table import TableData
 from lightning_gd.data.tensors import TensorDataModule
 from lightning_gd.evaluation import form
@@ -57,13 +57,13 @@ def export(model: LightningModule, data: LightningDataModule, path: Path) -> str
         ArithmeticError: If the graph predicts something else than the model.
     """
     rows, scaled = _raw_rows(data)
-    whole, name = FromRaw(model.float().cpu(), scaled).eval(), type(model).__name__
+    graph, name = FromRaw(model.float().cpu(), scaled).eval(), type(model).__name__
     with torch.no_grad():
-        expected = whole(rows)
+        expected = graph(rows)
     if not isinstance(expected, Tensor):
         raise ValueError(f"{name}.forward must return a tensor; got {type(expected).__name__}")
     try:
-        content = _graph(whole, rows[[0, -1]], path.suffix)  # one row would stay one
+        content = _content(graph, rows[[0, -1]], path.suffix)  # one row would stay one
     except RuntimeError as error:
         reason = str(error.__cause__ or error).splitlines()[0][:300]
         raise ValueError(f"{name} cannot be exported: {reason}") from error
@@ -71,7 +71,8 @@ def export(model: LightningModule, data: LightningDataModule, path: Path) -> str
     apart, size = float((found - expected).abs().max()), float(expected.abs().max())
     if not apart <= 1e-4 * size:  # 1,000 roundings of float32; NaN is refused, too
         raise ArithmeticError(f"the graph is {apart:.2g} away from predictions up to {size:.2g}")
-    write_whole(path, content)
+    with whole(path) as partial:
+        partial.write_bytes(content)
     raw, out = (f"{str(t.dtype).removeprefix('torch.')} {form(t)}" for t in (rows, expected))
     columns = f" ({', '.join(data.features)})" if isinstance(data, TableData) else ""
     return f"{path}: {raw}{columns} to {out}, {apart:.2g} from the model's on {len(rows)} rows"
@@ -86,10 +87,10 @@ def _raw_rows(data: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     return batch[0] if isinstance(batch, (tuple, list)) else batch, lambda x: x
 
 
-def _graph(whole: nn.Module, rows: Tensor, ending: str) -> bytes:
+def _content(graph: nn.Module, rows: Tensor, ending: str) -> bytes:
     """Return the content of the file; strict, so that `len(x)` does not fix the number of rows."""
     free, file = {0: torch.export.Dim("rows")}, io.BytesIO()
-    program = torch.export.export(whole, (rows,), dynamic_shapes=(free,), strict=True)
+    program = torch.export.export(graph, (rows,), dynamic_shapes=(free,), strict=True)
     if ending == ".pt2":
         torch.export.save(program, file)
         return file.getvalue()

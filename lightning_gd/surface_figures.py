@@ -102,7 +102,7 @@ def _write(file: Path, figure: Figure, moving: list[Any], move: Callable, ks: li
     frames = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
     times = [round(1000 * SECONDS / max(len(frames), FRAMES // 3))] * len(frames)
     times[-1] += round(1000 * PAUSE)
-    frames[0].save(file, save_all=True, append_images=frames[1:], duration=times, loop=0)
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
 def _draw(axes: Axes, surface: Surface, names: Sequence[str]) -> tuple[Line2D, np.ndarray]:

@@ -9,7 +9,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gd.callbacks.run_folder import boards, description, whole
+from lightning_gd.callbacks.run_folder import boards, description
+from lightning_gd.checkpoints import whole
 from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.evaluation import evaluating
@@ -167,7 +168,7 @@ class Pictures(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
             with whole(folder / f"{name}.png") as partial:
-                figure.savefig(partial)
+                figure.savefig(partial, format="png")
             _publish(trainer, folder / f"{name}.png")
 
 

@@ -5,14 +5,14 @@ import inspect
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_gd.checkpoints import whole
 from lightning_gd.loggers import run_folder
 
 
@@ -41,14 +41,3 @@ def write_csv(trainer: Trainer, name: str, rows: Iterable[Iterable[Any]]) -> Pat
     with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     return path
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give another name to write to; the file gets its own when it is whole."""
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
