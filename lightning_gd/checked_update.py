@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gd.batch import DataBatch, as_batch, call, count_rows, is_current, take_rows
-from lightning_gd.data.streams import StreamedTable
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum
 from lightning_gd.gradcheck.bench import Loss, Weights
@@ -56,7 +55,7 @@ class Update:
         content = batch.content if isinstance(batch, DataBatch) else batch
         if isinstance(batch, MomentsBatch):
             data: Any = tensor_data(self.trainer)
-            on_disk = isinstance(data.tables["train"], StreamedTable)
+            on_disk = data.tables["train"].on_disk
             content = batch.moments.example() if on_disk else data.local("train")
             content = move_data_to_device(content, self.module.device)
         weight = as_batch(batch).rows(self.module) if self.own else 1.0

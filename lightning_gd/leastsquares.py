@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_gd.curvature import Curvature, largest_eigenvalue
-from lightning_gd.data.streams import StreamedTable
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.distributed import reduce_sum
 from lightning_gd.moments import Moments, Optimum, takes_moments
@@ -66,8 +65,7 @@ class LeastSquares:
         """The exact solution for the training data; from the rows if moments do not resolve it."""
         bias, train = len(self.trained) == 2, self.data.tables["train"]
         found, (rows, columns) = self.moments().optimum(bias), train.raw.shape
-        on_disk = isinstance(train, StreamedTable)
-        if not found.dropped or on_disk or rows * columns * min(rows, columns) > MOST_WORK:
+        if not found.dropped or train.on_disk or rows * columns * min(rows, columns) > MOST_WORK:
             return found
         exact = Optimum.of_rows(*train.part(slice(None)).use(torch.float64).local(), bias)
         weight, offset = exact.weight.to(self.device), exact.bias
@@ -78,7 +76,7 @@ class LeastSquares:
     def auto_lr(self) -> float:
         """1/λmax; of many parameters by products Hv = 2/N [x 1]ᵀ([x 1] v) over the rows."""
         size = sum(p.numel() for p in self.trained)
-        if size <= MOST_PARAMETERS or isinstance(self.data.tables["train"], StreamedTable):
+        if size <= MOST_PARAMETERS or self.data.tables["train"].on_disk:
             return self.curvature.auto_lr
         x = self.data.local("train")[0].to(self.device, torch.float64)
         rows = reduce_sum(torch.tensor(float(len(x)), device=self.device))

@@ -1,5 +1,6 @@
 """Moments of a table: all that a least-squares loss and its gradients depend on."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,17 @@ from lightning_gd.sums import sums
 
 @dataclass(frozen=True, eq=False)
 class Optimum:
-    """The exact least-squares solution: w*, shape [D], b*, shape [] (None without bias), and L*.
-
-    L*, shape [], has a rounding error of about 1e-15 of the variance of y.
+    """The exact least-squares solution w*, b* of N rows, and how well they determine it.
 
     Attributes:
-        condition_number: λmax/λmin of the covariance of the columns scaled to one variance.
+        weight: w*, shape [D]. Of several solutions it is that with the smallest Σ (sⱼwⱼ)², where
+            sⱼ is the standard deviation of a column, or without bias its root mean square.
+        bias: b*, shape []; None without bias.
+        loss: L*, shape [], with a rounding error of about 1e-15 of the variance of y.
+        rows: N.
+        mean: Mean of each column, shape [D]; 0 without bias.
+        lengths: Singular values of the centred columns, each divided by sⱼ, shape [rank].
+        directions: The change of w along each of them, shape [D, rank].
         dropped: Directions along which columns vary, but too little for moments in float64: where
             they are no rounding, L* is above the least loss, and `of_rows` finds that.
     """
@@ -28,7 +34,10 @@ class Optimum:
     weight: Tensor
     bias: Tensor | None
     loss: Tensor
-    condition_number: float
+    rows: int
+    mean: Tensor
+    lengths: Tensor
+    directions: Tensor
     dropped: int = 0
 
     @classmethod
@@ -36,24 +45,48 @@ class Optimum:
         """Return the exact solution from the singular values of x, shape [N, D], y, shape [N].
 
         It keeps digits that moments lose, whose condition number is the square of that of x, in
-        time N·D·min(N, D). Of several solutions it is that with the smallest Σ (sⱼwⱼ)².
+        time N·D·min(N, D).
         """
         x, y = x.double().cpu(), y.double().cpu()
         mean, target = x.mean(0) * bias, y.mean() * bias
-        columns = x - mean
-        inverse = _inverse(columns.square().mean(0).sqrt(), mean)
-        goal = (y - target)[:, None]
-        found = torch.linalg.lstsq(columns * inverse, goal, driver="gelsd")
-        weight = inverse * found.solution[:, 0]
-        offset, kept = target - mean @ weight, found.singular_values[: max(1, int(found.rank))]
-        loss = (columns @ weight - goal[:, 0]).square().mean()
-        condition = (kept[0] / kept[-1]).square()
-        return cls(weight, offset if bias else None, loss, float(condition))
+        columns, goal = x - mean, y - target
+        inverse = _inverse(_varying(columns.square().mean(0).sqrt(), mean))
+        # R of QR has the singular values of the rows, and at most D + 1 rows itself.
+        reduced = torch.linalg.qr(torch.cat([columns * inverse, goal[:, None]], 1), mode="r").R
+        left, lengths, right = torch.linalg.svd(reduced[:, :-1], full_matrices=False)
+        kept = lengths > lengths[0] * max(x.shape) * torch.finfo(torch.float64).eps
+        lengths, directions = lengths[kept], inverse[:, None] * right[kept].T
+        weight = directions @ (reduced[:, -1] @ left[:, kept] / lengths)
+        loss, offset = (columns @ weight - goal).square().mean(), target - mean @ weight
+        return cls(weight, offset if bias else None, loss, len(x), mean, lengths, directions)
 
     @property
     def theta(self) -> Tensor:
         """(w*, b*) flattened in the order of the Hessian, shape [D+1]; [D] without bias."""
         return self.weight if self.bias is None else torch.cat([self.weight, self.bias[None]])
+
+    @property
+    def condition_number(self) -> float:
+        """λmax/λmin of the covariance of the columns scaled to one variance."""
+        return float(self.lengths.max() / self.lengths.min()) ** 2 if len(self.lengths) else 1.0
+
+    @property
+    def spread(self) -> Tensor:
+        """W, shape [D+1, k], with W Wᵀ the pseudo-inverse of XᵀX in the order (w, b).
+
+        k is the number of parameters that the rows determine. Without bias the last row is 0.
+        """
+        spread = pad(self.directions / self.lengths, (0, int(self.bias is not None), 0, 1))
+        if self.bias is not None:  # b* = ȳ − m·w*, of which ȳ varies by σ²/N whatever w* is
+            spread[-1] = -self.mean @ spread[:-1]
+            spread[-1, -1] = self.rows**-0.5
+        return spread
+
+    @property
+    def deviation(self) -> float:
+        """√(Σ r² / (N − k)), the standard deviation of the residuals; NaN unless N > k."""
+        freedom = self.rows - len(self.lengths) - (self.bias is not None)
+        return float(self.loss * self.rows / freedom) ** 0.5 if freedom > 0 else math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,12 +171,20 @@ class Moments:
     def example(self) -> tuple[Tensor, Tensor]:
         """Return 2(D+1) rows x, y with these moments: mean ± √(D+1) times the columns of √cov."""
         mean, cov = self.mean.cpu().double(), self.cov.cpu().double()
-        deviation = cov.diagonal().clamp(min=0).sqrt()  # so that units cost no digits
-        inverse = torch.where(deviation > 0, 1 / deviation, 0.0)
+        deviation = cov.diagonal().clamp(min=0).sqrt()
+        inverse = _inverse(deviation)  # so that units cost no digits
         values, vectors = torch.linalg.eigh(cov * torch.outer(inverse, inverse))
         distances = (vectors * (values.clamp(min=0) * len(values)).sqrt()).T * deviation
         z = torch.cat([mean + distances, mean - distances]).to(self.mean.dtype)
         return z[:, :-1], z[:, -1]
+
+    def scale(self, bias: bool = True) -> Tensor:
+        """Return the standard deviation of each column of x, without bias its root mean square.
+
+        Shape [D]; 0 for a column that is constant but for its rounding.
+        """
+        squares = self.cov.diagonal() + (0 if bias else self.mean.square())
+        return _varying(squares.clamp(min=0).sqrt(), self.mean)[:-1]
 
     def affine(self, scale: Tensor | float, shift: Tensor | float) -> "Moments":
         """Return the moments of (x·scale + shift, y): one number each, or shape [D]."""
@@ -179,21 +220,21 @@ class Moments:
     def optimum(self, bias: bool = True) -> Optimum:
         """Return the exact solution for a model with or without bias.
 
-        Each column is divided by its scale s, the standard deviation or without bias the root mean
-        square, so that units do not decide which eigenvalues count as zero. Of several solutions
-        it is that with the smallest Σ (sⱼwⱼ)². As in all normal equations, the condition κ of the
-        scaled matrix costs log₁₀ κ of 16 digits; see `Optimum.dropped` for what is beyond.
+        Each column is divided by its scale sⱼ, so that units do not decide which eigenvalues count
+        as zero. As in all normal equations, the condition κ of the scaled matrix costs log₁₀ κ of
+        16 digits; see `Optimum.dropped` for what is beyond.
         """
         second = self.cov if bias else self.cov + torch.outer(self.mean, self.mean)
-        inverse = _inverse(second.diagonal()[:-1].clamp(min=0).sqrt(), self.mean[:-1])
+        inverse = _inverse(self.scale(bias))
         values, vectors = torch.linalg.eigh(second[:-1, :-1] * torch.outer(inverse, inverse))
         kept = values > values[-1] * rank_tolerance(self.size)
-        along = vectors.T @ (inverse * second[:-1, -1])
-        weight = inverse * (vectors @ torch.where(kept, along / values, 0.0))
-        offset = (self.mean[-1] - torch.dot(self.mean[:-1], weight)) * bias
-        loss, dropped = self.loss(weight, offset).clamp(min=0), (inverse > 0).sum() - kept.sum()
-        condition = float(values[-1] / values[kept].amin()) if kept.any() else 1.0
-        return Optimum(weight, offset if bias else None, loss, condition, int(dropped))
+        values, directions = values[kept], inverse[:, None] * vectors[:, kept]
+        weight = directions @ (directions.T @ second[:-1, -1] / values)
+        mean, dropped = self.mean * bias, int((inverse > 0).sum() - kept.sum())
+        offset = mean[-1] - torch.dot(mean[:-1], weight)
+        loss, lengths = self.loss(weight, offset).clamp(min=0), (self.n * values).sqrt()
+        found = weight, offset if bias else None, loss
+        return Optimum(*found, self.n, mean[:-1], lengths, directions, dropped)
 
 
 class MomentsBatch(Batch):
@@ -227,7 +268,11 @@ def rank_tolerance(size: int) -> float:
     return max(size, 32) * torch.finfo(torch.float64).eps
 
 
-def _inverse(scale: Tensor, mean: Tensor) -> Tensor:
-    """Return 1/scale of each column, and 0 of one that is constant but for its rounding."""
-    rounding = 16 * torch.finfo(torch.float64).eps * mean.abs()
-    return torch.where(scale > rounding, 1 / scale, 0.0)
+def _varying(scale: Tensor, mean: Tensor) -> Tensor:
+    """Return the scale of each column, and 0 of one that is constant but for its rounding."""
+    return torch.where(scale > 16 * torch.finfo(torch.float64).eps * mean.abs(), scale, 0.0)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """Return 1/scale of each column, and 0 of one whose scale is 0."""
+    return torch.where(scale > 0, 1 / scale, 0.0)

@@ -88,7 +88,10 @@ WRONG = {
     "whole": (["--trainer.max_epochs", "many"], "max_epochs=many must be an integer or null"),
     "mode misspelt": (["--model.gradient=explict"], "did you mean 'explicit'"),
     "mode": (["--model.gradient", "numeric"], "numeric must be 'explicit' or 'autograd'"),
-    "start": (["--model.start", "ones"], "'zeros', 'uniform', 'linear'.*ones"),
+    "start": (
+        ["--model.start", "ones"],
+        "--model.start=ones must be 'zeros' or 'uniform' or 'linear'",
+    ),
     "interval": (["--model.scheduler_interval", "day"], "day must be 'update' or 'epoch'"),
     "clipping": (["--model.gradient_clip_algorithm", "max"], "max must be 'norm' or 'value'"),
     "on_error": (["--gradient_check.on_error", "shout"], "shout must be 'stop' or 'warn'"),

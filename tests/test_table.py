@@ -11,14 +11,10 @@ from conftest import fit, run
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_gd import LinearRegression, Moments
-from lightning_gd.callbacks.coefficients import (
-    Coefficients,
-    from_moments,
-    least_squares,
-    standard_errors,
-)
+from lightning_gd.callbacks.coefficients import Coefficients, standard_errors
 from lightning_gd.callbacks.predictions import Predictions
 from lightning_gd.data.table import LONGLEY, TableData
+from lightning_gd.moments import Optimum
 
 # NIST, Statistical Reference Datasets, Longley: to 15 digits, the intercept last.
 CERTIFIED = [
@@ -185,7 +181,7 @@ def test_a_second_file_is_the_test_part(table, tmp_path):
 def exact(data):
     """The exact coefficients, and x and y of the file."""
     x, y, _ = data.read(data.path)
-    found = least_squares((x - data.mean) / data.scale, y, bias=True).theta
+    found = Optimum.of_rows((x - data.mean) / data.scale, y).theta
     return data.coefficients(found[:-1], found[-1]), x, y
 
 
@@ -217,11 +213,11 @@ def test_the_solution_from_moments_is_that_of_the_rows(case, bias):
     if case == "constant":
         x[:, 2] = 0
     rows = slice(6 + bias if "as many" in case else None)
-    mine = from_moments(Moments.of(x[rows], y[rows]), bias)
-    theirs = least_squares(x[rows], y[rows], bias)
+    mine = Moments.of(x[rows], y[rows]).optimum(bias)
+    theirs = Optimum.of_rows(x[rows], y[rows], bias)
     # Moments square the condition number of the columns, 1e2 to 1e4: 1e-16·1e8.
     torch.testing.assert_close(mine.theta, theirs.theta, rtol=1e-7, atol=1e-7)
-    assert mine.condition == pytest.approx(theirs.condition, rel=1e-6)
+    assert mine.condition_number == pytest.approx(theirs.condition_number, rel=1e-6)
     errors = [standard_errors(data, found, 6 + bias) for found in (mine, theirs)]
     torch.testing.assert_close(*errors, rtol=1e-6, atol=0, equal_nan=True)
 

@@ -1,7 +1,6 @@
 """The coefficients of a fit on a table, in the units of the table, beside the exact solution."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,13 +8,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_gd.callbacks.run_folder import write_csv
-from lightning_gd.curvature import Curvature
-from lightning_gd.data.streams import StreamedTable
 from lightning_gd.data.table import TableData
 from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.models.linear import LinearRegression
-from lightning_gd.moments import Moments
+from lightning_gd.moments import Moments, Optimum
 
 MOST_SHOWN = 50  # coefficients printed; the file holds all
 HEADER = ("term", "coefficient", "least_squares", "difference", "standard_error")
@@ -23,65 +20,16 @@ HEADER = ("term", "coefficient", "least_squares", "difference", "standard_error"
 Rows = list[tuple[str, float, float, float, float]]
 
 
-class Solution(NamedTuple):
-    """The exact solution of a least-squares problem, and how well the rows determine it.
-
-    Attributes:
-        theta: (w*, b*), shape [D+1]. Where it is not unique, it is the shortest.
-        condition: The condition number of the Hessian.
-        spread: W, shape [D+1, rank], with W Wᵀ the pseudo-inverse of XᵀX.
-        deviation: √(Σ r² / (N − rank)), the standard deviation of the residuals; NaN for N = rank.
-    """
-
-    theta: Tensor
-    condition: float
-    spread: Tensor
-    deviation: float
-
-
-def least_squares(x: Tensor, y: Tensor, bias: bool) -> Solution:
-    """Minimise 1/N Σ r², r = x w + b − y, by the singular values of x.
-
-    Moments would square the condition number: for columns that differ in their sixth digit they
-    leave 4 correct digits of w*, and this leaves 10.
-
-    Args:
-        x: Standardised features, shape [N, D], float64.
-        y: Targets, shape [N], float64.
-        bias: Whether b is fitted; else it is 0.
-    """
-    columns = torch.cat([x, torch.full_like(x[:, :1], bias)], dim=1)
-    left, singular, right = torch.linalg.svd(columns, full_matrices=False)
-    cut = torch.finfo(torch.float64).eps * max(columns.shape) * singular[0]  # below is rounding
-    rank = max(1, int((singular > cut).sum()))
-    spread = right[:rank].T / singular[:rank]
-    theta = spread @ (left[:, :rank].T @ y)
-    freedom, residual = len(y) - rank, columns @ theta - y
-    deviation = float(residual.square().sum() / freedom) ** 0.5 if freedom else math.nan
-    return Solution(theta, float(singular[0] / singular[rank - 1]) ** 2, spread, deviation)
-
-
-def standard_errors(data: TableData, solution: Solution, trained: int) -> Tensor:
+def standard_errors(data: TableData, best: Optimum, trained: int) -> Tensor:
     """Return the standard error of each exact coefficient in the units of the table, [D+1].
 
     The square roots of the diagonal of A W Wᵀ Aᵀ σ², where A maps (w, b) to coefficients. All are
     NaN where the `trained` numbers are not determined by the rows.
     """
-    slopes = solution.spread[:-1] / data.scale[:, None]
-    lines = torch.cat([slopes, solution.spread[-1:] - data.mean @ slopes])
-    unique = solution.spread.shape[1] == trained
-    return lines.norm(dim=1) * (solution.deviation if unique else math.nan)
-
-
-def from_moments(moments: Moments, bias: bool) -> Solution:
-    """Return the solution for rows that are not in memory, with fewer correct digits."""
-    curvature, best = Curvature(moments.hessian(bias)), moments.optimum(bias)
-    rank, freedom = curvature.rank, moments.n - curvature.rank
-    lengths = (curvature.eigenvalues[-rank:] * moments.n / 2).sqrt()  # XᵀX = N/2 H
-    spread = pad(curvature.eigenvectors[:, -rank:] / lengths, (0, 0, 0, 1 - bias))
-    theta = pad(best.theta, (0, 1 - bias))
-    deviation = float(best.loss * moments.n / freedom) ** 0.5 if freedom > 0 else math.nan
-    return Solution(theta, curvature.condition_number, spread, deviation)
+    slopes = best.spread[:-1] / data.scale[:, None]
+    lines = torch.cat([slopes, best.spread[-1:] - data.mean @ slopes])
+    unique = best.spread.shape[1] == trained
+    return lines.norm(dim=1) * (best.deviation if unique else math.nan)
 
 
 class Coefficients(Callback):
@@ -101,15 +49,16 @@ class Coefficients(Callback):
         if weight.shape != (data.num_features,):
             return
         parts, moments = {"train", "test"} & data.tables.keys(), {}
-        if isinstance(train, StreamedTable):  # every process sums, also those that print nothing
+        if train.on_disk:  # every process sums, also those that print nothing
             moments = {part: data.summed(data.moments_of(part)) for part in sorted(parts)}
         if not trainer.is_global_zero:
             return
         if moments:
-            best = from_moments(moments["train"], bias.requires_grad)
+            best = moments["train"].optimum(bias.requires_grad)
         else:
-            best = least_squares(train.x.double(), train.y.double(), bias.requires_grad)
-        exact = data.coefficients(best.theta[:-1], best.theta[-1]).tolist()
+            best = Optimum.of_rows(train.x, train.y, bias.requires_grad)
+        solution = pad(best.theta, (0, 1 - bias.requires_grad))
+        exact = data.coefficients(solution[:-1], solution[-1]).tolist()
         found = data.coefficients(weight, bias).tolist()
         errors = standard_errors(data, best, len(data.features) + bias.requires_grad).tolist()
         apart = [a - b for a, b in zip(found, exact, strict=True)]
@@ -120,10 +69,10 @@ class Coefficients(Callback):
         for part in sorted(parts, reverse=True):
             print(f"{part}: {_quality(data.tables[part], moments.get(part), theta)}")
         if getattr(type(pl_module), "loss", None) is LinearRegression.loss:
-            far = _distance(theta, best.theta)
+            far = _distance(theta, solution)
             made = f"after {trainer.global_step:,} updates"
             print(f"{made} {far:.2g} of the largest coefficient away from the exact one")
-            print(f"condition number {best.condition:.3g}")
+            print(f"condition number {best.condition_number:.3g}")
         if path := write_csv(trainer, "coefficients.csv", [HEADER, *rows]):
             print(f"every digit: {path}")
 

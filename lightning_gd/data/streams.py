@@ -41,6 +41,8 @@ class StreamedTable(Table):
         ValueError: When a row is read in which a number is not finite, with its place.
     """
 
+    on_disk = True
+
     def __init__(
         self, source: Source, window_rows: int, rows: range | None = None, floats: bool = False
     ) -> None:

@@ -114,10 +114,8 @@ class TableData(TensorDataModule):
         if not self._known:
             seen = train.part(slice(max(1, len(train) - self.num_val)))
             moments = self.summed(seen.moments(*self._process))
-            mean, scale = moments.mean[:-1], moments.cov.diagonal()[:-1].clamp(min=0).sqrt()
-            rounding = 16 * torch.finfo(torch.float64).eps * mean.abs()
-            self.mean, self.scale = mean, torch.where(scale > rounding, scale, 1.0)
-            self._known = True
+            self.mean, scale, self._known = moments.mean[:-1], moments.scale(), True
+            self.scale = torch.where(scale > 0, scale, 1.0)
         groups.mean, groups.scale = self.mean, self.scale
         tables: dict[str, Table] = {"train": train}
         if self.test_path:

@@ -1,6 +1,7 @@
 """Tables in memory, and the order of their rows in an epoch."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ class Table:
         ValueError: If inputs and targets differ in their number of rows, or there is no row.
     """
 
+    on_disk: ClassVar[bool] = False
     raw: Tensor  # inputs, shape [N, ...]
     y: Tensor  # targets, shape [N, ...]
     scale: float = 1.0

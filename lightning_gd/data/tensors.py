@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_gd.batch import Batch
 from lightning_gd.data.loader import GlobalBatches
-from lightning_gd.data.streams import StreamedTable
 from lightning_gd.data.tables import Table
 from lightning_gd.distributed import reduce_sum, world_size
 from lightning_gd.moments import Moments, MomentsBatch, takes_moments
@@ -77,7 +76,7 @@ class TensorDataModule(LightningDataModule):
             if first:
                 table.check_finite(part, targets=stage != "predict")
         train = self.tables["train"]
-        if isinstance(train, StreamedTable) and self.full_batch and not self.moments:
+        if train.on_disk and self.full_batch and not self.moments:
             raise ValueError(
                 f"batch_size=None would read the {len(train):,} rows at each update: set "
                 "--data.batch_size, --data.moments true, or a higher --data.buffer_rows"

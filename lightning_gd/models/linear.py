@@ -13,8 +13,6 @@ from lightning_gd.module import GradientDescentModule, Gradients
 from lightning_gd.moments import Moments
 from lightning_gd.settings import SEEDS, number, one_of, whole_number
 
-Start = Literal["zeros", "uniform", "linear"]
-
 
 class LinearRegression(GradientDescentModule):
     """Linear regression ŷ = x w + b with squared loss.
@@ -37,7 +35,7 @@ class LinearRegression(GradientDescentModule):
         self,
         num_features: int = 1,
         bias: bool = True,
-        start: Start = "zeros",
+        start: Literal["zeros", "uniform", "linear"] = "zeros",
         weight: list[float] | None = None,
         intercept: float | None = None,
         start_seed: int = 0,
@@ -74,8 +72,9 @@ class LinearRegression(GradientDescentModule):
 
     def loss_and_gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Gradients]:
         r = self(x) - y
-        scaled = r * (2 / len(r))
-        return r.dot(r) / len(r), {"weight": scaled @ x, "bias": scaled.sum()}
+        n = len(r)
+        scaled = r * (2 / n)
+        return r.dot(r) / n, {"weight": scaled @ x, "bias": scaled.sum()}
 
     def loss_from_moments(self, moments: Moments) -> Tensor:
         return moments.loss(self.weight, self.bias)
