@@ -1,6 +1,7 @@
 """Disks that are full, and folders that vanish: one line, and the last whole checkpoint is left."""
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -105,6 +106,24 @@ def test_a_folder_that_is_deleted(tmp_path, monkeypatch, what):
         assert status == 1 and error.count("\n") == 1, error
         assert "version_0 has lost its event file: was the folder deleted?" in error
         assert_whole(tmp_path / "logs", 40)  # which was being written then
+
+
+def test_a_disk_that_may_only_be_read_from_now_on(tmp_path, monkeypatch):
+    """As after a failure of the disk: what is there can be read, and nothing more is written."""
+    opened, locked = open, []
+
+    def opening(file, mode="r", *args, **named):
+        if locked and {*mode} & {*"wax+"} and str(tmp_path) in str(file):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
+        return opened(file, mode, *args, **named)
+
+    for place in ("builtins.open", "io.open"):
+        monkeypatch.setattr(place, opening)
+    with counted(LEFT):
+        status, error = run_until(monkeypatch, tmp_path, lambda: locked.append(True))
+        assert status == 1 and error.count("\n") == 1, error
+        assert "[Errno 30] Read-only file system" in error
+        assert_whole(tmp_path, 30)
 
 
 def test_a_disk_that_may_only_be_read(disk):

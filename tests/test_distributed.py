@@ -1,4 +1,4 @@
-"""The same run on 1, 2, 3 and 4 real processes ends in the same weights."""
+"""The same run on 1 to 5 real processes ends in the same weights."""
 
 import functools
 import os
@@ -18,6 +18,7 @@ WORLDS = [
     2,
     pytest.param(3, marks=[pytest.mark.slow, pytest.mark.long]),
     pytest.param(4, marks=pytest.mark.slow),
+    pytest.param(5, marks=[pytest.mark.slow, pytest.mark.long]),
 ]
 
 

@@ -126,9 +126,9 @@ def short(forge, tmp_path_factory):
     return Case(forge, *SHORT, tmp_path_factory.mktemp("writing"))
 
 
-def survive_two_kills(case, seed):
+def survive_kills(case, seed, times=2):
     dice = random.Random(seed)
-    for kill in range(2):
+    for kill in range(times):
         run, phase = case.killed(f"kill{kill}", dice)
         with counted("kills survived"), counted(f"  killed while {phase}"):
             case.check_resumed(run)
@@ -136,7 +136,7 @@ def survive_two_kills(case, seed):
 
 def test_killed_at_a_random_moment(forge, tmp_path):
     typed, world = CASES["mini-batches"]
-    survive_two_kills(Case(forge, f"{typed} --trainer.max_epochs 12", world, tmp_path), seed=1)
+    survive_kills(Case(forge, f"{typed} --trainer.max_epochs 12", world, tmp_path), seed=1)
 
 
 LONG = ("full batch, autograd", "mini-batches, autograd", "accumulation, autograd")
@@ -147,7 +147,9 @@ LONG = ("full batch, autograd", "mini-batches, autograd", "accumulation, autogra
     "name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in CASES]
 )
 def test_killed_at_more_random_moments(forge, tmp_path, name):
-    survive_two_kills(Case(forge, *CASES[name], tmp_path), seed=name)
+    """`KILLS=8` kills each of the 13 kinds of runs so often; the first kills are the same."""
+    times = int(os.environ.get("KILLS", "2"))
+    survive_kills(Case(forge, *CASES[name], tmp_path), seed=name, times=times)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +169,20 @@ def test_interrupted_by_a_signal(forge, tmp_path, number, world):
     assert f"ended the run after {made:,} updates: the same command with --ckpt_path last" in output
     assert made < case.end["global_step"] and "last checkpoint" in output  # of the end table
     case.check_resumed("interrupted")
+
+
+@pytest.mark.slow
+def test_a_process_that_stops_for_less_than_the_timeout(forge, tmp_path):
+    """The others wait for it, and the run ends as if nothing had happened."""
+    case = Case(forge, f"{STEPS} {MOMENTUM} {EVERY} 7", 2, tmp_path)
+    run = forge.start(case.command("stopped"), 2)
+    first_checkpoint(run, tmp_path / "stopped")
+    for pid in run["pids"]:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(1)
+        os.kill(pid, signal.SIGCONT)
+    assert forge.wait(run) == [0, 0], run["log"].read_text()[-2000:]
+    assert end_of(tmp_path / "stopped") == case.end
 
 
 @pytest.mark.slow

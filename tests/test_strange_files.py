@@ -53,6 +53,15 @@ def wide(columns):
     return text("\n".join([names, *(",".join(["1"] * columns + [str(i)]) for i in range(3))]))
 
 
+def large(file):
+    """2 GB of numbers."""
+    block = "".join(f"{i},{i % 7}\n" for i in range(10**6)).encode()
+    with file.open("wb") as opened:
+        opened.write(b"a,y\n")
+        while opened.tell() < 2 * 10**9:
+            opened.write(block)
+
+
 GOOD = {  # the rows of NUMBERS in other forms
     "byte order mark": text("\ufeff" + ROWS),
     "CRLF": text(ROWS.replace("\n", "\r\n")),
@@ -117,10 +126,13 @@ BAD = {  # how each is written, and what is said
     "link to nothing": (lambda file: file.symlink_to("nowhere"), "No such file"),
     "link to itself": (lambda file: file.symlink_to("t.csv"), "t.csv"),
     "10⁵ columns": (wide(10**5), "has no column 'z': its columns: c0, c1"),
+    "2 GB": (large, "does not fit into memory: write it as Parquet, which is read in parts"),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "2 GB")) for name in BAD]
+)
 def test_what_is_no_table(tmp_path, name):
     write, message = BAD[name]
     write(tmp_path / "t.csv")
