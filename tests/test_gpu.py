@@ -6,8 +6,13 @@ import re
 import pytest
 import torch
 import worlds
+from any_modules import spoil
 from conftest import run, trainer_words
+from test_any_module import NAMES, built
+from test_any_module import fit as fit_any
 from test_distributed import assert_mistakes_found, assert_parted, assert_same, ends_in_processes
+
+from lightning_gd import GradientError
 
 FOUND = torch.cuda.device_count()
 pytestmark = [
@@ -57,7 +62,20 @@ def test_the_default_experiment_ends_as_on_the_cpu(tmp_path, mode):
     for accelerator in ("cpu", "gpu"):
         status, out, err = run("--trainer.accelerator", accelerator, *words, *mode)
         assert status == 0, err
-        assert f"1 × {'cuda' if accelerator == 'gpu' else 'cpu'}" in out
+        assert re.search(f"processes +1 .{'cuda' if accelerator == 'gpu' else 'cpu'}", out)
         found.append([float(value) for value in re.findall(r"(?:train|test)/loss +(\S+)", out)])
     # float32: sums over 2,000 rows and 784 pixels in another order, 1e-7 each, over 100 updates
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("name", NAMES)
+def test_foreign_modules(make_trainer, name, precision):
+    settings = {"accelerator": "gpu", "precision": precision}
+    module, batches, layer = built(name)
+    _, check = fit_any(make_trainer, module, batches, **settings)
+    assert check.checks and any(check.tested.values())
+    module, batches, layer = built(name)
+    spoil(module, layer)
+    with pytest.raises(GradientError, match=f"update 0:(?s:.*){layer}.*; it passes through Double"):
+        fit_any(make_trainer, module, batches, **settings)

@@ -99,9 +99,21 @@ class Bench:
         own = self._reference is self._loss
         first = loss.item()
         value = self.loss(weights) if self.attributes or not own else first
-        if own and abs(value - first) > min(self.rounding, 1e-3) * max(abs(value), abs(first)):
+        if own and self._differ(first, value):
             raise ValueError(f"it is {first:g}, and {value:g} {AGAIN}")
         return Point(weights, value, gradients)
+
+    @torch.no_grad()
+    def check_precision(self) -> None:
+        """Raise ValueError if the loss has not the precision of the reference, as in a kernel."""
+        self._state.restore()
+        self._place(self.start)
+        value, right = self._watched(self._loss, "loss").item(), self.loss(self.start)
+        if self._differ(value, right):
+            raise ValueError(f"it is {value:.9g} in {self.dtype}, and reference= is {right:.9g}")
+
+    def _differ(self, one: float, other: float) -> bool:
+        return abs(one - other) > min(self.rounding, 1e-3) * max(abs(one), abs(other))
 
     @torch.no_grad()
     def formula(self, method: str, weights: Weights) -> Weights:

@@ -92,6 +92,8 @@ def check_formula(
         with isolated(dtype):
             bench = Bench(model, batch, loss, state, dtype, reference, fresh=not explicit)
             try:
+                if reference and dtype != own:
+                    bench.check_precision()
                 comparison = Comparison(bench, explicit)
                 report = (briefly and comparison.brief_report()) or comparison.report()
             except Exception as error:  # whatever a model raises belongs in the report
