@@ -231,7 +231,8 @@ def test_two_processes_with_uneven_rows_end_as_one(tmp_path):
             torch.testing.assert_close(mine, alone, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [Variational, pytest.param(Images, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Variational, Images])
 def test_two_processes_end_alike_in_both_modes(tmp_path, kind):
     """Random numbers and batch statistics are those of the local rows, unlike on one process."""
     for end in on_two_processes(tmp_path, kind.__name__):

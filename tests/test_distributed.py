@@ -10,7 +10,7 @@ import pytest
 import torch
 import worlds
 
-# Sums over 41 rows are formed in another order: a relative 1e-16 each, and 60 contracting
+# Sums over 41 rows are formed in another order: a relative 1e-16 each, and 40 contracting
 # updates keep it below 1e-12 of weights of order 1.
 CLOSE = {"rtol": 0, "atol": 1e-12}
 # On two cores each takes its time.

@@ -201,6 +201,7 @@ def test_a_second_sigterm_ends_two_processes_at_once(forge, tmp_path):
     assert read(last(tmp_path / "run"))["global_step"] > 0
 
 
+@pytest.mark.slow
 def test_killed_between_the_last_validation_of_an_epoch_and_its_end(forge, tmp_path):
     """The plateau steps by a validation loss from before the checkpoint: 9 updates per epoch,
     validation at the 4th and 8th, and the 15th checkpoint is that of update 35 = 3 * 9 + 8."""
@@ -217,7 +218,7 @@ def test_killed_between_the_last_validation_of_an_epoch_and_its_end(forge, tmp_p
         "half written",
         pytest.param("before the sync", marks=pytest.mark.slow),
         pytest.param("before the rename", marks=pytest.mark.slow),
-        "after the rename",
+        pytest.param("after the rename", marks=pytest.mark.slow),
     ],
 )
 def test_killed_in_the_midst_of_writing(forge, short, how):

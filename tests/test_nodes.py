@@ -100,7 +100,7 @@ def test_the_end_of_one_process_ends_the_job(tmp_path, launcher, how):
 # All goes well: so does the end
 
 
-@pytest.mark.parametrize("tried", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tried", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_runs_with_2_processes_end_cleanly(forge, tmp_path, tried):
     for n in range(tried):
         with counted(CLEAN):
@@ -185,6 +185,7 @@ def start_nodes(nodes, folder, words):
     return jobs
 
 
+@pytest.mark.slow
 def test_two_nodes_end_in_the_weights_of_one_process(forge, nodes, tmp_path):
     jobs = start_nodes(nodes, tmp_path, command(tmp_path / "2", 60, 1, num_nodes=2))
     assert forge.run(command(tmp_path / "1", 60, 1))[0] == [0]

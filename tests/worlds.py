@@ -19,7 +19,7 @@ from lightning_gd.data.streams import StreamedTable
 from lightning_gd.data.tensors import Table, TensorDataModule
 from lightning_gd.gradcheck import GradientError
 
-UPDATES = 60
+UPDATES = 40
 MODES = ("explicit", "autograd")
 
 

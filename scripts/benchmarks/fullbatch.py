@@ -50,7 +50,12 @@ def rows(quick: bool) -> list[Row]:
         Row("moments", work.format(n), large, "ms/update", digits=True),
         Row("formula-2000", work.format(SMALL), by_formula, "ms/update"),
         Row("moments-2000", work.format(SMALL), by_moments, "ms/update"),
-        Row("check-full", f"{SMALL:,} digits, {UPDATES * epochs:,} updates, GradientCheck", checked, "ms/update"),
+        Row(
+            "check-full",
+            f"{SMALL:,} digits, {UPDATES * epochs:,} updates, GradientCheck",
+            checked,
+            "ms/update",
+        ),
         _flat(10**5 if quick else 10**6),
         *_processes(20 if quick else 100),
     ]
