@@ -10,10 +10,6 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,7 +19,6 @@ from lightning_gd.distributed import reduce_sum
 from lightning_gd.gradcheck.bench import Loss, Weights
 from lightning_gd.gradcheck.check import loss_of_step
 from lightning_gd.gradcheck.delivered import Delivery, Part
-from lightning_gd.gradcheck.report import GradientReport
 from lightning_gd.gradcheck.twin import RandomState, converted, isolated, torch_states, twin
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.moments import MomentsBatch
@@ -186,18 +181,3 @@ def muted(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.loggers = loggers
-
-
-def print_report(report: GradientReport, title: str) -> None:
-    """Print one row per parameter: the slopes along a direction, and the verdict."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    kinds = list(dict.fromkeys(kind for p in report.parameters for kind in p.slopes))
-    for name in ("parameter", *kinds, "error", "bound", ""):
-        table.add_column(name, justify="left" if name in ("parameter", "") else "right")
-    for p in report.parameters:
-        slopes = (f"{p.slopes[kind]:.7g}" if kind in p.slopes else "" for kind in kinds)
-        table.add_row(escape(p.name), *slopes, f"{p.error:.1e}", f"{p.bound:.1e}", p.verdict)
-    console = Console()
-    console.print(table)
-    if report.note:
-        console.print(report.note, highlight=False, markup=False, soft_wrap=True)

@@ -3,10 +3,7 @@
 import atexit
 import inspect
 import logging
-import re
 import signal
-import time
-import traceback
 import warnings
 from collections.abc import Iterable
 from datetime import timedelta
@@ -14,7 +11,6 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-import torch.distributed as dist
 import yaml
 from jsonargparse.typing import lazy_instance
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -26,13 +22,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lightning_gd
+from lightning_gd import ending, verbs
 from lightning_gd.arguments import CALLBACKS
-from lightning_gd.checked_update import draw, print_report
 from lightning_gd.checkpoints import check_class, check_shapes, read
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
-from lightning_gd.distributed import world_size
-from lightning_gd.export import check_target, export
-from lightning_gd.gradcheck import check_gradients
+from lightning_gd.export import check_target
 from lightning_gd.logger import RunLogger
 from lightning_gd.loggers import run_folder, run_logger, with_names, without
 from lightning_gd.module import GradientDescentModule
@@ -42,7 +36,6 @@ from lightning_gd.settings import check_precision, number
 TRAINER = {"enable_model_summary": False, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
 OPTIONAL = {"enable_checkpointing": Checkpoint, "enable_progress_bar": ProgressBar}
 LOGS = "lightning_logs"
-CHECKED = 32  # rows of the verb `check`
 UNAVOIDABLE = (  # warnings that no setting of the user would avoid
     ".*LeafSpec.* is deprecated",  # raised inside Lightning by a newer torch
     "`torch.jit.script` is deprecated",  # raised inside torch when torch.func is first used
@@ -195,10 +188,11 @@ class CommandLine(LightningCLI):
     def execute(self) -> None:
         """Run the verb."""
         if self.verb == "check":
-            self._check()
+            verbs.check(self.model, self.datamodule)
             return
         if self.verb == "export":
-            self._export()
+            file = Path(self.config.to)
+            verbs.export_trained(self.model, self.datamodule, self.checkpoint, file)
             return
         start = {"datamodule": self.datamodule, "ckpt_path": self.config.ckpt_path}
         if self.verb != "fit":
@@ -240,43 +234,10 @@ class CommandLine(LightningCLI):
         if not self.checkpoint:
             print("WARNING: the model is not trained; --ckpt_path last takes that of the last run")
 
-    def _check(self) -> None:
-        """Print what the gradient check finds on some training rows; raise for a mistake."""
-        data: Any = self.datamodule
-        data.prepare_data()
-        data.setup("fit")
-        tables = isinstance(data, TensorDataModule)
-        batch = data.sample("train") if tables else next(iter(data.train_dataloader()))
-        report = check_gradients(self.model, draw(batch, CHECKED, seed=0))
-        print_report(report, f"The gradient of {type(self.model).__name__}")
-        report.raise_if_wrong()
-
-    def _export(self) -> None:
-        """Write the model of the checkpoint to a file, and say what goes in and comes out."""
-        data: Any = self.datamodule
-        data.prepare_data()
-        if state := self.checkpoint.get(type(data).__qualname__):  # the scaling of a table
-            data.load_state_dict(state)
-        data.setup("fit")
-        self.model.on_load_checkpoint(self.checkpoint)
-        self.model.load_state_dict(self.checkpoint["state_dict"])
-        print(export(self.model, data, Path(self.config.to)))
-
     def _has_test(self) -> bool:
         tables = tensor_data(self.trainer)
         overridden = is_overridden("test_dataloader", self.datamodule, LightningDataModule)
         return overridden if tables is None else "test" in tables.tables
-
-    def end_processes(self) -> None:
-        """End what Lightning started for this run, even a stopped process."""
-        if world_size() > 1 and dist.get_backend() == "gloo":
-            dist.destroy_process_group()  # the others notice now, not seconds later
-            # The others print what happened to them. If one of them ended before the first process,
-            # Lightning would kill the first before it ends with its own status.
-            time.sleep(2 if self.trainer.is_global_zero else 5)
-        launcher = self.trainer.strategy.launcher
-        if launcher is not None:
-            launcher.kill(signal.SIGKILL)
 
 
 def _class(config: Any) -> Any:
@@ -289,14 +250,6 @@ def _default_width(model: type) -> int | None:
     return next((p["num_features"].default for p in own if "num_features" in p), None)
 
 
-def _lost(text: str) -> str:
-    """Return the message shown when a collective fails because another process has died."""
-    late = re.search("timed out|timeout", text, re.IGNORECASE)
-    did = "did not answer within --process_timeout" if late else "has ended"
-    detail = text.rpartition("] ")[2].partition(". This is")[0]  # without gloo's own file names
-    return f"another process of this run {did} ({detail})"
-
-
 def run(verb: str, words: list[str]) -> None:
     """Parse and run; every process of a run leaves its group together."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -307,19 +260,11 @@ def run(verb: str, words: list[str]) -> None:
     try:
         command.execute()
     except BaseException as error:
-        atexit.register(command.end_processes)  # when the error has been printed
-        if type(error).__name__.startswith("Dist") or re.search("gloo|pair closure", str(error)):
-            raise RuntimeError(_lost(str(error))) from error
-        frames = traceback.extract_tb(error.__traceback__)
-        places = {(Path(frame.filename).stem, "restore" in frame.name) for frame in frames}
-        if ("checkpoint_connector", True) in places and isinstance(
-            error, (LookupError, TypeError, AttributeError)
-        ):
-            file = command.config.ckpt_path
-            raise ValueError(f"checkpoint {file} cannot be restored: {error!r}") from error
+        atexit.register(ending.end_processes, command.trainer)  # when the error has been printed
+        reason = ending.reason(error, command.config.ckpt_path)
+        if reason is not None:
+            raise reason from error
         raise
-    if world_size() > 1:
-        dist.barrier()  # without it a process may abort while another still uses it
-        dist.destroy_process_group()
+    ending.leave_together()
     if command.interrupted:
         raise SystemExit(128 + command.interrupted)

@@ -1,6 +1,7 @@
 """Backward passes of Triton kernels, which compute in float32 whatever they are given."""
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_a_kernel_alone(device, reference):
 class Normed(LightningModule):
     """A hidden layer that a kernel normalizes."""
 
-    def __init__(self, norm):
+    def __init__(self, norm: Any):
         super().__init__()
         self.norm, self.a, self.b = norm, torch.nn.Linear(6, 5), torch.nn.Linear(5, 1)
 
@@ -54,7 +55,8 @@ class Normed(LightningModule):
         return torch.nn.functional.mse_loss(self.b(norm(self.a(x)))[:, 0], y)
 
     def training_step(self, batch, batch_idx):
-        return self.loss(*batch, self.norm)
+        x, y = batch
+        return self.loss(x, y, self.norm)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.05)
