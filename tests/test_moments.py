@@ -209,6 +209,8 @@ SOURCES = {
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_arrow_batches(source):
+    if source == "pandas" and not hasattr(pandas.DataFrame, "__arrow_c_stream__"):
+        pytest.skip("pandas 2.2 is the first that hands out Arrow batches")
     pa, table, x, y = arrow_table()
     moments = Moments.of_arrow(SOURCES[source](pa, table), "y")
     assert_same(moments, Moments.of(x, y))

@@ -10,14 +10,14 @@ import pytest
 from conftest import good_process, trainer_words
 
 ROOT = Path(__file__).parent.parent
-PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet"]
+BUILD = ["-m", "hatchling", "build", "--target"]  # without pip, which not every environment has
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """The unpacked sdist."""
     folder = tmp_path_factory.mktemp("sdist")
-    good_process("-m", "hatchling", "build", "--target", "sdist", "--directory", folder, cwd=ROOT)
+    good_process(*BUILD, "sdist", "--directory", folder, cwd=ROOT)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
@@ -28,18 +28,21 @@ def sources(tmp_path_factory):
 def wheel(sources, tmp_path_factory):
     """A wheel built from the sdist, without fetching anything."""
     folder = tmp_path_factory.mktemp("wheel")
-    good_process(
-        *PIP, "wheel", "--no-deps", "--no-index", "--no-build-isolation", sources, "-w", folder
-    )
+    good_process(*BUILD, "wheel", "--directory", folder, cwd=sources)
     (built,) = folder.glob("*.whl")
     return built
 
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The folder of an installation of that wheel alone."""
+    """A folder of that wheel alone, with the console script that it names."""
     target = tmp_path_factory.mktemp("target")
-    good_process(*PIP, "install", "--no-deps", "--no-index", "--target", target, wheel)
+    zipfile.ZipFile(wheel).extractall(target)
+    (names,) = target.glob("*.dist-info/entry_points.txt")
+    assert "lightning-gd = lightning_gd.cli:main" in names.read_text()
+    script = target / "bin" / "lightning-gd"
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom lightning_gd.cli import main\nsys.exit(main())\n")
     return target
 
 

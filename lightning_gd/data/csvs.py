@@ -38,6 +38,9 @@ def frame_of(path: str, separator: str) -> Any:
     """Read all columns with pandas, without empty lines; the index counts lines from 2."""
     import pandas  # takes a while to import: only when a table is read
 
+    with open(path, "rb") as file:  # pandas 2 would read what stands before it
+        if any(b"\0" in part for part in iter(partial(file.read, 2**20), b"")):
+            raise ValueError(f"{path} holds a byte 0: it is not a text file")
     with warnings.catch_warnings():
         # Otherwise pandas drops the surplus cells of rows that are longer than the header.
         warnings.simplefilter("error", pandas.errors.ParserWarning)
@@ -77,7 +80,8 @@ def numbers(path: str, name: str, column: Any) -> Tensor:
     bad = (values.abs() < LARGEST).logical_not().nonzero().flatten().tolist()
     if bad:
         cell, line = column.iloc[bad[0]], column.index[bad[0]] + 2
-        what = "the cell is empty" if pandas.isna(cell) else f"'{cell}' is not a finite number"
+        empty = "the cell is empty, or a word such as NA"
+        what = empty if pandas.isna(cell) else f"'{cell}' is not a finite number"
         raise ValueError(
             f"{path}, line {line}, column {name!r}: {what}; correct it, or choose other columns "
             "with --data.features"
