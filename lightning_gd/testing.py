@@ -52,7 +52,9 @@ class GradientTests:
         batch = self.batch()
         sizes = [n for n in self.rows if n <= shared_rows(batch)]
         for part in [batch, *(take_rows(batch, slice(n)) for n in sizes)]:
-            assert self._checked(self._new(), part).checks, "nothing was checked"
+            found = self._checked(self._new(), part)
+            rows = f"of {count_rows(part)} rows: has it a finite loss? `rows` names other numbers"
+            assert found.checks, f"nothing was checked on a batch {rows}"
 
     def test_each_mistake_is_noticed(self) -> None:
         """Double the gradient of one parameter after another, unless it vanishes."""

@@ -23,6 +23,9 @@ def check(model: Any, data: Any) -> None:
     tables = isinstance(data, TensorDataModule)
     batch = data.sample("train") if tables else next(iter(data.train_dataloader()))
     report = check_gradients(model, draw(batch, CHECKED, seed=0))
+    if report.failure:
+        name = type(data).__name__
+        raise ValueError(f"{report}; is --data {name} what the model takes? --data names another")
     print_report(report, f"The gradient of {type(model).__name__}")
     report.raise_if_wrong()
 

@@ -36,7 +36,10 @@ class GradientCheck(Callback):
     is later compared with autograd alone, where that has plain operations and agrees. Then
     `p.grad`, before it is clipped, is compared with the gradient on the batches of the update on
     all processes, which shows a missing reduction. See `check_gradients` and `check_delivered` for
-    the bounds. A callback that changes `p.grad` must come before this one.
+    the bounds. A callback that changes `p.grad` must come before this one; what the module's own
+    `on_before_optimizer_step` changes is not seen. An update without a loss, or with one that is
+    not finite, is not checked. A gradient that is cut on purpose (`detach` inside the loss, as in
+    a straight-through estimator) is not that of the loss: give `loss=` with fixed targets.
 
     The largest relative error is logged as `verify/<parameter>`; nothing else in the run
     changes. `checks` counts the checks of this fit, `tested` those that found the gradient of
@@ -48,7 +51,8 @@ class GradientCheck(Callback):
         on_error: `stop` raises and ends the run, `warn` goes on.
         loss: For manual optimization: the loss whose gradient is in `p.grad`, as a method of the
             module that takes the batch, or a function of the module and the batch; with several
-            optimizers a list of them.
+            optimizers a list of them, where each has a backward pass of its own just before it
+            steps.
         reference: The same function made of plain operations, which is differentiated instead.
 
     Raises:
@@ -68,6 +72,10 @@ class GradientCheck(Callback):
         whole_number("rows", rows, 1)
         one_of("on_error", on_error, ("stop", "warn"))
         self.every_n_updates, self.rows, self.on_error = every_n_updates, rows, on_error
+        if reference is not None and not callable(reference):
+            raise ValueError(
+                f"reference={reference!r} must be a function of the module and a batch"
+            )
         self.loss, self.reference = loss, reference
         self._sound = False  # differences found the formula right
         self._begin()
@@ -75,6 +83,7 @@ class GradientCheck(Callback):
     def _begin(self) -> None:
         self.checks = 0
         self.tested: dict[str, int] = {}
+        self.wrong: dict[str, int] = {}
         self._first = -1  # `global_step` before the first of the batches kept
         self._steps: list[tuple[Updates, int, RandomState]] = []  # their index, the state before
         self._due: float = math.inf  # the number of the next update to check
@@ -88,6 +97,9 @@ class GradientCheck(Callback):
             return "nothing was checked"
         missed = ", ".join(name for name, times in self.tested.items() if not times)
         checks = "1 check" if self.checks == 1 else f"{self.checks} checks"
+        if self.wrong:
+            names = (f"{name} ({times} of {self.checks})" for name, times in self.wrong.items())
+            return f"{checks}, WRONG: {', '.join(names)}"
         return f"{checks}, {f'not tested: {missed}' if missed else 'all parameters tested'}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -103,11 +115,14 @@ class GradientCheck(Callback):
         """Refuse a module that cannot be checked."""
         self._begin()
         name, own = type(pl_module).__name__, isinstance(pl_module, GradientDescentModule)
+        given = self.loss if isinstance(self.loss, list) else [self.loss]
         reason = ""
         if type(trainer.strategy).__name__ not in STRATEGIES:
             reason = f"{type(trainer.strategy).__name__} shards its parameters: use ddp"
         elif not (own or pl_module.automatic_optimization or self.loss):
             reason = "it optimizes manually: give GradientCheck(loss=...), a method or a function"
+        elif unknown := [f for f in given if isinstance(f, str) and not hasattr(pl_module, f)]:
+            reason = f"loss={unknown[0]!r} is no method of it"
         elif world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules()):
             reason = "SyncBatchNorm communicates in the forward pass: check it on one process"
         if reason:
@@ -166,6 +181,9 @@ class GradientCheck(Callback):
         with muted(trainer):
             before, parts = self._as_it_was(module), self._parts(update)
             report, trusted = self._formula(update, before, parts)
+            if not agreed(not report.is_skipped):
+                self._say("an update was not checked: there was no loss, or none that is finite")
+                return
             kept = tuple(p for p in report.parameters if p.name in named or update.own)
             reports = [replace(report, parameters=kept)]
             wrong = self._is_wrong(trainer, reports[0])
@@ -235,6 +253,8 @@ class GradientCheck(Callback):
     def _record(self, trainer: Trainer, module: Any, reports: list[GradientReport]) -> None:
         self.checks += 1
         errors: dict[str, float] = {}
+        for name in {p.name for report in reports for p in report.parameters if p.diagnosis}:
+            self.wrong[name] = self.wrong.get(name, 0) + 1
         missed = {p.name for report in reports for p in report.parameters if not p.tested}
         for p in (parameter for report in reports for parameter in report.parameters):
             errors[p.name] = max(p.relative_error, errors.get(p.name, 0.0))

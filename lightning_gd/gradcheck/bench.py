@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_gd.batch import call, count_rows, tensors
 from lightning_gd.gradcheck.diagnosis import functions_behind, largest
+from lightning_gd.gradcheck.report import NoLoss
 from lightning_gd.gradcheck.twin import Attributes, RandomState, converted, shaken, twin
 
 # Rounding per term of a sum, relative to the gradient. Terms that cancel are larger than it: 16 eps
@@ -23,6 +24,8 @@ AGAIN = (
     "give loss=, a function of the module and the batch alone"
 )
 FORMULA, AUTOGRAD = "explicit", "autograd"  # kinds of gradients
+SCALE = 0.5  # of the loss: a backward pass that takes grad_output as 1 is wrong for it
+OTHER = 1e-3  # of its size: no rounding
 
 Weights = dict[str, Tensor]
 Loss = Callable[[Any, Any], Tensor]  # of a model and a batch, shape []
@@ -49,6 +52,7 @@ class Bench:
         dtype: Of the copy, and of floating tensors of the batch.
         reference: Another loss with the same value, of plain operations; differences are its own.
         fresh: Every call finds the same attributes; else a formula that keeps some is noticed.
+        scale: Autograd gives the gradient of so many times the loss, which is divided by it.
     """
 
     def __init__(
@@ -60,8 +64,9 @@ class Bench:
         dtype: torch.dtype = torch.float64,
         reference: Loss | None = None,
         fresh: bool = True,
+        scale: float = SCALE,
     ) -> None:
-        self.model, self.dtype = twin(model, dtype), dtype
+        self.model, self.dtype, self.scale = twin(model, dtype), dtype, scale
         self.batch = converted(batch, dtype)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.trained = [name for name, p in self.parameters.items() if p.requires_grad]
@@ -90,10 +95,17 @@ class Bench:
         if loss.numel() != 1:
             raise ValueError(f"it has shape {list(loss.shape)}, and a loss is one number")
         if not loss.isfinite():
-            raise ValueError(f"it is {loss.item()} on this batch")
+            raise NoLoss(f"it is {loss.item()} on this batch")
         self.functions = self.functions or functions_behind(loss, self.parameters)
-        found = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
-        gradients = {AUTOGRAD: dict(zip(self.parameters, found, strict=True))}
+        found = torch.autograd.grad(
+            loss,
+            list(self.parameters.values()),
+            loss.new_full(loss.shape, self.scale),
+            materialize_grads=True,
+        )
+        gradients = {
+            AUTOGRAD: {n: g / self.scale for n, g in zip(self.parameters, found, strict=True)}
+        }
         if method:
             gradients[FORMULA] = self.formula(method, weights)
         own = self._reference is self._loss
@@ -110,7 +122,9 @@ class Bench:
         self._place(self.start)
         value, right = self._watched(self._loss, "loss").item(), self.loss(self.start)
         if self._differ(value, right):
-            raise ValueError(f"it is {value:.9g} in {self.dtype}, and reference= is {right:.9g}")
+            words = f"it is {value:.9g} in {self.dtype}, and reference= is {right:.9g}"
+            other = abs(value - right) > OTHER * max(abs(value), abs(right))
+            raise NoLoss(words, is_mistake=True) if other else ValueError(words)
 
     def _differ(self, one: float, other: float) -> bool:
         return abs(one - other) > min(self.rounding, 1e-3) * max(abs(one), abs(other))

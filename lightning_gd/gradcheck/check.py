@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_gd.batch import call
 from lightning_gd.gradcheck.bench import Bench, Loss
 from lightning_gd.gradcheck.comparison import Comparison
-from lightning_gd.gradcheck.report import GradientReport, ParameterReport
+from lightning_gd.gradcheck.report import GradientReport, NoLoss
 from lightning_gd.gradcheck.twin import RandomState, isolated
 
 
@@ -68,6 +68,8 @@ def loss_of_step(model: Any, batch: Any, batch_idx: int) -> Tensor:
     else:
         found = model.training_step(batch)
     found = found["loss"] if isinstance(found, dict) else found
+    if found is None:
+        raise NoLoss("training_step returned None")
     if not isinstance(found, Tensor):
         raise TypeError(f"training_step returned {found!r} and no loss: give loss=")
     return found
@@ -96,10 +98,12 @@ def check_formula(
                     bench.check_precision()
                 comparison = Comparison(bench, explicit)
                 report = (briefly and comparison.brief_report()) or comparison.report()
+            except NoLoss as error:
+                words = f"{bench.called}: {error}"
+                return GradientReport((), failure=words, is_skipped=not error.is_mistake)
             except Exception as error:  # whatever a model raises belongs in the report
                 raised = raised or f"{bench.called} raised {type(error).__name__}: {error}"
             else:
                 notes = [f"checked in {dtype}, because {raised}"] if raised else []
                 return replace(report, note="; ".join([*notes, *sorted(bench.changed)]))
-    names = [name for name, _ in model.named_parameters()]
-    return GradientReport(tuple(ParameterReport(n, diagnosis=raised) for n in names))
+    return GradientReport((), failure=raised)

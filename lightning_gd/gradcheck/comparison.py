@@ -11,6 +11,7 @@ from lightning_gd.gradcheck.diagnosis import (
     ALIKE,
     CUT,
     DIFFERS,
+    IGNORED,
     STALE,
     Slope,
     Suspect,
@@ -151,6 +152,8 @@ class Comparison:
             return None
         if autograd and not self._repeats(name):
             return f"{STALE}{self._blamed()}"
+        if autograd and self._ignores_scale(name):
+            return f"{IGNORED}{self._blamed()}"
         kind, points = self.kinds[0], self.points
         found, right = ([p.gradients[k][name] for p in points] for k in (kind, AUTOGRAD))
         truth = [self._truth(point, name) for point in points]
@@ -170,6 +173,13 @@ class Comparison:
         weights = self.points[1].weights
         one, two = (self.bench.measure(weights).gradients[AUTOGRAD][name] for _ in range(2))
         return not one.isfinite().all() or alike(two, one)
+
+    def _ignores_scale(self, name: str) -> bool:
+        """Tell whether the gradient of half of the loss is that of the loss."""
+        scale, self.bench.scale = self.bench.scale, 1.0
+        one = self.bench.measure(self.points[1].weights).gradients[AUTOGRAD][name]
+        self.bench.scale = scale
+        return scale != 1 and alike(self.points[1].gradients[AUTOGRAD][name], one / scale)
 
     def _truth(self, point: Point, name: str) -> Slope:
         """Return the function of a direction that returns the right slope, and its uncertainty."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_gd.gradcheck.bench import Loss, Weights
+from lightning_gd.gradcheck.bench import SCALE, Loss, Weights
 from lightning_gd.gradcheck.diagnosis import first_line, largest, name_factor, name_reduction, ratio
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
 from lightning_gd.gradcheck.twin import RandomState, converted, isolated, shaken, torch_states, twin
@@ -151,9 +151,10 @@ def _gradients(
             with delivery.precision() if own else nullcontext():  # backward is outside of it
                 loss = part.loss(copied, batch)
             loss = part.scaled(loss)
-            found = torch.autograd.grad(loss, trained, materialize_grads=True)
+            scale = loss.new_full(loss.shape, SCALE)  # as in the check of the formula
+            found = torch.autograd.grad(loss, trained, scale, materialize_grads=True)
             drawn |= not all(map(torch.equal, before, torch_states()))
-            flat = torch.cat([*map(torch.flatten, found), part.scaled(flat.new_ones(1))])
+            flat = torch.cat([*map(torch.flatten, found), SCALE * part.scaled(flat.new_ones(1))])
             flat = flat * (part.weight / flat[-1])
         rows.append(flat.detach())
     return torch.stack(rows), drawn

@@ -115,7 +115,7 @@ class _Form:
             return GradientReport((), f"not supported: {first_line(error)}")
         if dtype == truth == torch.float64 and self.is_short and self.size:
             return GradientReport((), "not supported: it computes in float32")
-        bench = Bench(model, case.inputs, self.loss, self.state, dtype, self.plain)
+        bench = Bench(model, case.inputs, self.loss, self.state, dtype, self.plain, scale=1.0)
         moved = {name: self._shrunk(value) for name, value in bench.start.items()}
         try:
             if dtype == truth:
@@ -137,14 +137,16 @@ class _Form:
         found, near = bench.measure(bench.start).gradients[AUTOGRAD], []
         if bench.draws:
             return GradientReport((), f"not compared: random numbers differ in {truth}")
-        exact = Bench(bench.model, bench.batch, self.plain or self.loss, self.state, truth)
+        exact = Bench(
+            bench.model, bench.batch, self.plain or self.loss, self.state, truth, scale=1.0
+        )
         batch = exact.batch
         for eps in (0.0, *[bench.eps] * SHAKES):
             exact.batch = shaken(batch, eps, self.random)
             near.append(exact.measure(shaken(exact.start, eps, self.random)).gradients[AUTOGRAD])
         short, reports = near[0], []
         if self.plain:
-            plain = Bench(bench.model, bench.batch, self.plain, self.state, bench.dtype)
+            plain = Bench(bench.model, bench.batch, self.plain, self.state, bench.dtype, scale=1.0)
             short = plain.measure(plain.start).gradients[AUTOGRAD]
         for name, value in exact.start.items():
             gradients, terms = [g[name] for g in near], max(1.0, self.numbers / value.numel())

@@ -11,6 +11,18 @@ class GradientError(ValueError):
     """An explicit gradient is not the gradient of the loss."""
 
 
+class NoLoss(ValueError):
+    """There is no loss whose gradient could be compared, or that of the reference is another.
+
+    Attributes:
+        is_mistake: Whether that is wrong; a step without a loss, or one that diverged, is not.
+    """
+
+    def __init__(self, text: str, is_mistake: bool = False) -> None:
+        super().__init__(text)
+        self.is_mistake = is_mistake
+
+
 @dataclass(frozen=True)
 class ParameterReport:
     """The check of one parameter."""
@@ -37,7 +49,7 @@ class ParameterReport:
     @property
     def verdict(self) -> str:
         """`ok`, `WRONG`, or that nothing could be seen."""
-        right = "ok" if self.tested else "not tested, it vanishes"
+        right = "ok" if self.tested else "not tested, rounding hides it"
         return "WRONG" if self.diagnosis else right
 
     def __str__(self) -> str:
@@ -51,17 +63,24 @@ class GradientReport:
     parameters: tuple[ParameterReport, ...]
     note: str = ""  # on how it was checked
     functions: frozenset[str] = frozenset()  # custom autograd Functions that it passes through
+    failure: str = ""  # why nothing was compared
+    is_skipped: bool = False  # that is no mistake: there was no loss, or none that is finite
 
     @property
     def ok(self) -> bool:
-        """Whether no mistake was found."""
-        return all(p.diagnosis is None for p in self.parameters)
+        """Whether no mistake was found, and all was compared."""
+        return not self.failure and all(p.diagnosis is None for p in self.parameters)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
 
     def lines(self) -> list[str]:
         """Return one line per parameter, and each diagnosis once with the names it holds for.
 
         Of more than 20 parameters only those that are wrong or not tested have their line.
         """
+        if self.failure:
+            return [f"nothing was compared: {self.failure}"]
         shown = [p for p in self.parameters if p.diagnosis or not p.tested]
         if len(self.parameters) <= MOST_SHOWN:
             shown = list(self.parameters)
@@ -76,7 +95,8 @@ class GradientReport:
     def raise_if_wrong(self) -> None:
         """Raise `GradientError` with the report if a gradient is wrong."""
         if not self.ok:
-            raise GradientError("\n  ".join(["the gradient is not that of loss", *self.lines()]))
+            words = [] if self.failure else ["the gradient is not that of loss"]
+            raise GradientError("\n  ".join([*words, *self.lines()]))
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,9 @@ class FunctionReport:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         return [*lines, *self._diagnoses(), *filter(None, [self.note])]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
 
     def _diagnoses(self) -> list[str]:
         """Return the first diagnosis of each input, and where it is right as given, the cases."""
