@@ -23,6 +23,7 @@ WORDS = {
     "bool": "true or false",
     "str": "a text",
     "None": "null",
+    "list": "a list such as '[a, b]'",
 }
 CALLBACKS = {  # the key of each on the command line
     "checkpoint": "RunCheckpoint",
@@ -63,7 +64,9 @@ def check(words: Iterable[str]) -> None:
         elif option in CALLBACKS:
             chosen[option] = ""  # another class, or null
     for option, value in options:
-        part, _, name = option.removesuffix("+").partition(".")
+        if option.endswith("+"):  # one value of a list
+            continue
+        part, _, name = option.partition(".")
         name = name.removeprefix("init_args.")
         settings = settings_of(part, chosen.get(part, ""))
         if name and settings:
@@ -148,13 +151,16 @@ def _check_setting(
 
 def _takes(form: str, text: str) -> bool:
     """Tell whether a text is a value of the type, or of the literal, that `form` names."""
-    value = yaml.safe_load(text) if form != "str" else text
+    try:
+        value = yaml.safe_load(text) if form != "str" else text
+    except yaml.YAMLError:
+        return False
     if form == "float":
         with contextlib.suppress(TypeError, ValueError):
             float(value)  # also of 1e-3, which YAML takes for a text
             return not isinstance(value, bool)
         return False
-    kinds = {"int": int, "bool": bool, "str": str, "None": type(None)}
+    kinds = {"int": int, "bool": bool, "str": str, "None": type(None), "list": list}
     if form in kinds:
         return isinstance(value, kinds[form]) and (form != "int" or not isinstance(value, bool))
     return form == repr(value) or form == repr(text)
@@ -172,6 +178,8 @@ def _alternatives(annotation: ast.expr | None) -> list[str]:
         case ast.Subscript(ast.Name("Literal"), literals):
             found = ast.literal_eval(literals)
             return [repr(value) for value in (found if isinstance(found, tuple) else [found])]
+        case ast.Subscript(ast.Name("list"), _):
+            return ["list"]
         case ast.Subscript(ast.Name("Optional"), inner):
             return [*_alternatives(inner), "None"]
         case ast.Subscript(ast.Name("Union"), ast.Tuple(parts)):

@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             _run(*_checked(resolve(arguments)))
         return 0
+    except KeyboardInterrupt:  # before the run or after it; in a fit the callback `Interrupt` acts
+        print("interrupted", file=sys.stderr)
+        return 130
     except SystemExit as stop:  # the parser has printed its message
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:

@@ -12,6 +12,7 @@ from lightning_gd.moments import rank_tolerance
 
 MOST_UPDATES, MOST_WALKED = 10**9, 10**4  # that are counted without and with momentum
 SLOW = 10**4  # updates until the loss above the optimum is halved
+FAR = 1e-2  # of the fastest rate
 MOST_PRODUCTS = 200  # of a Hessian and a vector
 
 
@@ -114,12 +115,15 @@ class Curvature:
         if factor >= 1:
             word = "diverges" if lr > self.max_lr(momentum) else "does not converge"
             return (
-                f"WARNING: lr {lr:.4g} {word}: each update multiplies the loss by {factor**2:.4g}"
+                f"WARNING: lr {lr:.6g} {word}: each update multiplies the loss by {factor**2:.6g}"
             )
         halving = math.log(0.5) / math.log(factor**2) if factor else 0.0
+        if halving > SLOW and lr < FAR * self.best_lr(momentum):
+            return f"lr {lr:.4g} converges slowly: it is far below the fastest rate"
         if halving > SLOW:
             return f"lr {lr:.4g} converges, more and more slowly: some directions are nearly flat"
-        pace = f"every {halving:.2g} updates" if halving > 1 else "at each update"
+        number = f"{halving:.2g}" if halving < 100 else f"{halving:,.0f}"
+        pace = f"every {number} updates" if halving > 1 else "at each update"
         return f"lr {lr:.4g} converges: the loss above the optimum in the end halves {pace}"
 
     def details(self, lr: float, momentum: float) -> list[str]:

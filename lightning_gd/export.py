@@ -58,6 +58,7 @@ def export(model: LightningModule, data: LightningDataModule, path: Path) -> str
     """
     rows, scaled = _raw_rows(data)
     graph, name = FromRaw(model.float().cpu(), scaled).eval(), type(model).__name__
+    graph.requires_grad_(False)  # nor shall the predictions of a program
     with torch.no_grad():
         expected = graph(rows)
     if not isinstance(expected, Tensor):

@@ -39,10 +39,11 @@ class RunHooks(Callback):
         self.epoch_loss: list[Any] = [0.0, 0.0]  # Σ loss · rows of this epoch so far, Σ rows
         self.validation_loss: float | None = None  # the last one
         self._unchecked: set[str] = set()
+        self._loaded_step = 0  # the updates of a checkpoint that is tested
 
     def setup(self, trainer: Trainer, pl_module: EvaluatedModule, stage: str) -> None:
         self.epoch_loss, self.validation_loss = [0.0, 0.0], None
-        self._unchecked = {"train", "evaluation", "buffers"}
+        self._unchecked, self._loaded_step = {"train", "evaluation", "buffers"}, 0
         pl_module.step_losses, pl_module.not_direct = [], "one update per step"
         if trainer.precision == "64-true":  # Lightning would load a checkpoint into float32 first
             pl_module.double()
@@ -171,7 +172,8 @@ class RunHooks(Callback):
     def _end(self, trainer: Trainer, module: EvaluatedModule, part: str) -> None:
         values = {f"{part}/{name}": value for name, value in module.end_evaluation().items()}
         if trainer.state.fn != "fit":  # Lightning takes `step` as the x axis of the logger
-            module.log_dict({**values, "step": float(trainer.global_step)}, sync_dist=True)
+            step = float(max(trainer.global_step, self._loaded_step))
+            module.log_dict({**values, "step": step}, sync_dist=True)
             return
         module.log_dict(values, logger=False, sync_dist=True)
         if not trainer.sanity_checking:
@@ -220,6 +222,7 @@ class RunHooks(Callback):
         self, trainer: Trainer, pl_module: EvaluatedModule, checkpoint: dict[str, Any]
     ) -> None:
         """Let the settings that were given anew win over those in the state of the optimizer."""
+        self._loaded_step = checkpoint["global_step"]
         if trainer.state.fn == "fit":
             adapt(checkpoint, arguments_of(pl_module))
             move_to_place(checkpoint, _updates_per_batch(trainer, pl_module))

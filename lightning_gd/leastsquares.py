@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from lightning_gd.curvature import Curvature, largest_eigenvalue
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.distributed import reduce_sum
+from lightning_gd.evaluation import form
 from lightning_gd.moments import Moments, Optimum, takes_moments
 
 MOST_WORK = 10**10  # multiplications for an optimum from the rows: a few seconds
@@ -106,11 +107,13 @@ class AutoLearningRate(Callback):
             return
         squares, optimizer = LeastSquares.of(trainer, pl_module), pl_module.hparams["optimizer"]
         if squares is None or optimizer != "SGD" or not squares.data.full_batch:
-            batch_size = getattr(tensor_data(trainer), "batch_size", None)
+            data = tensor_data(trainer)
+            batch_size = getattr(data, "batch_size", None)
+            y = "" if data is None else f", y {form(data.tables['train'].y)} (it must be [N])"
             raise ValueError(
                 "lr='auto' is 1/λmax of a full-batch least-squares loss with SGD; got "
                 f"{type(pl_module).__name__} with optimizer={optimizer} and "
-                f"batch_size={batch_size}: set --model.lr to a number"
+                f"batch_size={batch_size}{y}: set --model.lr to a number"
             )
         lr, most = squares.auto_lr, torch.finfo(next(pl_module.parameters()).dtype).max
         if not lr < most:

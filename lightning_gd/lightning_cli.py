@@ -7,6 +7,7 @@ import signal
 import warnings
 from collections.abc import Iterable
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -39,6 +40,7 @@ LOGS = "lightning_logs"
 UNAVOIDABLE = (  # warnings that no setting of the user would avoid
     ".*LeafSpec.* is deprecated",  # raised inside Lightning by a newer torch
     "`torch.jit.script` is deprecated",  # raised inside torch when torch.func is first used
+    "Guards may run slower on Python 3.13.0",  # raised inside torch when a model is exported
 )
 for name in dir(lightning_gd):  # what is imported can be given by its short name
     getattr(lightning_gd, name)
@@ -96,6 +98,7 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments; the settings of a checkpoint come before what is typed."""
+        self._check_model(args)
         if args != (others := without(args)):
             config = parser.parse_args(others)
             args = with_names(args, config.trainer.default_root_dir or LOGS, config.experiment)
@@ -117,6 +120,17 @@ class CommandLine(LightningCLI):
         self.config = parser.parse_args([*words, "--ckpt_path", file])
         self.continued = run_of(file) if self.verb == "fit" else None
         self._say(file, theirs)
+
+    def _check_model(self, words: list[str]) -> None:
+        """Refuse a LightningModule of another kind, which the parser would not find."""
+        for option, value in pairwise([part for word in words for part in word.split("=", 1)]):
+            cls = locate(value) if option == "--model" and "." in value else None
+            if self.verb != "check" and isinstance(cls, type):
+                if issubclass(cls, LightningModule) and not issubclass(cls, GradientDescentModule):
+                    raise ValueError(
+                        f"--model {value} is no GradientDescentModule: train it by Lightning's "
+                        f"Trainer with callbacks=[GradientCheck()]; the verb check takes it"
+                    )
 
     @rank_zero_only
     def _say(self, file: str, theirs: dict[str, dict[str, Any]]) -> None:

@@ -25,6 +25,7 @@ class Optimum:
         loss: L*, shape [], with a rounding error of about 1e-15 of the variance of y.
         rows: N.
         mean: Mean of each column, shape [D]; 0 without bias.
+        scale: sⱼ, shape [D]; 0 for a column that is constant but for its rounding.
         lengths: Singular values of the centred columns, each divided by sⱼ, shape [rank].
         directions: The change of w along each of them, shape [D, rank].
         dropped: Directions along which columns vary, but too little for moments in float64: where
@@ -36,6 +37,7 @@ class Optimum:
     loss: Tensor
     rows: int
     mean: Tensor
+    scale: Tensor
     lengths: Tensor
     directions: Tensor
     dropped: int = 0
@@ -50,7 +52,8 @@ class Optimum:
         x, y = x.double().cpu(), y.double().cpu()
         mean, target = x.mean(0) * bias, y.mean() * bias
         columns, goal = x - mean, y - target
-        inverse = _inverse(_varying(columns.square().mean(0).sqrt(), mean))
+        scale = _varying(columns.square().mean(0).sqrt(), mean)
+        inverse = _inverse(scale)
         # R of QR has the singular values of the rows, and at most D + 1 rows itself.
         reduced = torch.linalg.qr(torch.cat([columns * inverse, goal[:, None]], 1), mode="r").R
         left, lengths, right = torch.linalg.svd(reduced[:, :-1], full_matrices=False)
@@ -58,12 +61,18 @@ class Optimum:
         lengths, directions = lengths[kept], inverse[:, None] * right[kept].T
         weight = directions @ (reduced[:, -1] @ left[:, kept] / lengths)
         loss, offset = (columns @ weight - goal).square().mean(), target - mean @ weight
-        return cls(weight, offset if bias else None, loss, len(x), mean, lengths, directions)
+        found = weight, offset if bias else None, loss
+        return cls(*found, len(x), mean, scale, lengths, directions)
 
     @property
     def theta(self) -> Tensor:
         """(w*, b*) flattened in the order of the Hessian, shape [D+1]; [D] without bias."""
         return self.weight if self.bias is None else torch.cat([self.weight, self.bias[None]])
+
+    @property
+    def is_unique(self) -> Tensor:
+        """Whether the rows determine each entry of w*, shape [D]: not of dependent columns."""
+        return self.directions.norm(dim=1) * self.scale > 1 - 1e-6  # exactly 1, or far below
 
     @property
     def condition_number(self) -> float:
@@ -225,7 +234,8 @@ class Moments:
         16 digits; see `Optimum.dropped` for what is beyond.
         """
         second = self.cov if bias else self.cov + torch.outer(self.mean, self.mean)
-        inverse = _inverse(self.scale(bias))
+        scale = self.scale(bias)
+        inverse = _inverse(scale)
         values, vectors = torch.linalg.eigh(second[:-1, :-1] * torch.outer(inverse, inverse))
         kept = values > values[-1] * rank_tolerance(self.size)
         values, directions = values[kept], inverse[:, None] * vectors[:, kept]
@@ -234,7 +244,7 @@ class Moments:
         offset = mean[-1] - torch.dot(mean[:-1], weight)
         loss, lengths = self.loss(weight, offset).clamp(min=0), (self.n * values).sqrt()
         found = weight, offset if bias else None, loss
-        return Optimum(*found, self.n, mean[:-1], lengths, directions, dropped)
+        return Optimum(*found, self.n, mean[:-1], scale, lengths, directions, dropped)
 
 
 class MomentsBatch(Batch):

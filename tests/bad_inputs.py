@@ -67,6 +67,7 @@ RIDGE, MLP = ["--model", "lightning_gd.RidgeRegression"], ["--model", "lightning
 LINE, DIGITS = ["--config", "linear"], ["--config", "parity"]
 TABLE = ["--config", "table", "--data.target", "y", "--data.path"]
 ARRAYS = ["--config", "arrays.yaml"]
+BORING = "lightning.pytorch.demos.boring_classes.BoringModel"
 MINI = ["--data.batch_size", "2", "--data.passes_per_epoch", "1"]
 
 WRONG = {
@@ -145,6 +146,10 @@ WRONG = {
     "twice": ([*TABLE, "twice.csv"], "twice.csv, line 1: 2 columns are named 'a'"),
     "target": ([*TABLE, "good.csv", "--data.target", "z"], "good.csv has no column 'z'.*a, y"),
     "features": ([*TABLE, "good.csv", "--data.features", "[b]"], "no column 'b'.*a, y"),
+    "no list": ([*TABLE, "good.csv", "--data.features", "a"], r"features=a must be a list such"),
+    "index": ([*TABLE, "index.csv"], r"column 1 of index.csv has no name \(the index of a pandas"),
+    "letters": ([*TABLE, "good.csv", "--data.features", "[A]"], "no column 'A': did you mean 'a'"),
+    "foreign": (["--model", f"{BORING}"], "BoringModel is no GradientDescentModule: train it by"),
     "separator": ([*TABLE, "good.csv", "--data.separator", "::"], "separator='::'"),
     "other separator": ([*TABLE, "good.csv", "--data.separator", ";"], "separator right"),
     "not Parquet": ([*TABLE, "mine.parquet"], "mine.parquet is no Parquet file"),
@@ -350,6 +355,7 @@ FILES = {
     "empty.csv": "",
     "bytes.csv": b"a,y\n\xff\xfe,2\n" + bytes(range(128, 160)),
     "ragged.csv": "a,y\n1,2,3\n2,4\n",
+    "index.csv": ",a,y\n0,1,2\n1,3,4\n",
     "twice.csv": "a,a,y\n1,2,3\n",
     "one.csv": "a,y\n1,2\n",
     "mine.parquet": "mine",

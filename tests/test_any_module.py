@@ -198,7 +198,6 @@ def generated():
 
 REFUSED = {
     "no tensor": (lambda net, x, y: 0.5, "training_step returned 0.5 and no loss: give loss="),
-    "nan": (lambda net, x, y: net(x).sum() * torch.nan, "it is nan on this batch"),
     "not scalar": (lambda net, x, y: net(x), r"it has shape \[8, 3\], and a loss is one number"),
     "another": (
         lambda net, x, y: net(x).square().mean() * (1 + next(STREAM)),
@@ -217,9 +216,71 @@ def test_what_is_no_loss_is_refused(make_trainer, name):
     loss, words = REFUSED[name]
     with pytest.raises(GradientError, match=words):
         check_gradients(Refused(nn.Linear(6, 3), loss), *rows()).raise_if_wrong()
-    if name in ("nan", "another"):  # the others are refused by Lightning or torch first
+    if name == "another":  # the others are refused by Lightning or torch first
         with pytest.raises(GradientError, match=words):
             fit(make_trainer, Refused(nn.Linear(6, 3), loss), [rows()])
+
+
+class Odd(Plain):
+    """Each second update has no loss, or none that is finite."""
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step % 2 == 0:
+            return super().training_step(batch, batch_idx)
+        return self.odd and super().training_step(batch, batch_idx) * torch.nan
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+@pytest.mark.parametrize("odd", [None, True])
+def test_an_update_without_a_loss_is_not_checked(make_trainer, odd):
+    module, check = Odd(nn.Linear(6, 3)), GradientCheck(2)
+    module.odd = odd
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+    with pytest.warns(UserWarning, match="an update was not checked: there was no loss, or none"):
+        fit(make_trainer, module, [rows()], check, max_steps=5, max_epochs=-1)
+    assert check.checks == (1 if odd else 3)  # updates 0, 2 and 4; after a nan all weights are
+    assert all(check.tested.values())
+    with pytest.raises(GradientError, match="nothing was compared: loss: it is nan on this batch"):
+        nan = Refused(nn.Linear(6, 3), lambda net, x, y: net(x).sum() * torch.nan)
+        check_gradients(nan, *rows()).raise_if_wrong()
+
+
+class Careless(torch.autograd.Function):
+    """The sum of squares, whose backward pass ignores what it is given."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square().sum()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (x,) = ctx.saved_tensors
+        return 2 * x
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_that_takes_grad_output_as_1(make_trainer, accumulate):
+    module = Plain(nn.Linear(6, 3), lambda found, y: Careless.apply(found))
+    words = "grad_output is taken as 1.*passes through Careless"
+    with pytest.raises(GradientError, match=words):
+        fit(make_trainer, module, [rows(), rows()], accumulate_grad_batches=accumulate)
+    check = GradientCheck(on_error="warn")
+    with pytest.warns(UserWarning, match=words):
+        fit(make_trainer, module, [rows(), rows()], check, max_steps=2)
+    assert check.summary() == "2 checks, WRONG: net.weight (2 of 2), net.bias (2 of 2)"
+
+
+def test_settings_that_are_no_loss_are_refused(make_trainer):
+    with pytest.raises(ValueError, match="loss='lossy' is no method of it"):
+        fit(make_trainer, Plain(nn.Linear(6, 3)), [rows()], GradientCheck(loss="lossy"))
+    with pytest.raises(ValueError, match="reference='plain' must be a function of the module"):
+        GradientCheck(reference="plain")  # pyright: ignore[reportArgumentType]
+    twice = GradientCheck(reference=lambda module, batch: 2 * module.training_step(batch, 0))
+    with pytest.raises(
+        GradientError, match=r"loss: it is (\S+) in torch.float64, and reference= is"
+    ):
+        fit(make_trainer, Plain(nn.Linear(6, 3)), [rows()], twice)
 
 
 def test_a_module_that_cannot_be_copied_is_refused(make_trainer):

@@ -112,9 +112,9 @@ def test_a_port_in_use(folder):
 def test_a_traceback_on_demand(folder):
     status, _, err = run(*command(["--traceback", "--data.batch_size", "0"]))
     assert status == 2 and err.startswith("Traceback") and "error: batch_size=0" in err
-    status, _, err = run(*command(["--traceback", "--model.weight", "much"]))
+    status, _, err = run(*command(["--traceback", "--seed_everything", "much"]))
     assert status == 2 and err.startswith("Traceback") and "\nerror: Parser key" in err
 
 
 def test_the_number_of_cases():
-    assert len(CASES) + len(PROCESSES) + 1 == 258
+    assert len(CASES) + len(PROCESSES) + 1 == 262

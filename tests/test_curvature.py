@@ -123,11 +123,20 @@ def test_sentences():
     for lr, momentum, words in [
         (0.25, 0.0, f"lr 0.25 converges: {ends} every 1.2 updates"),  # ln ½ / ln 0.75²
         (0.4, 0.0, f"lr 0.4 converges: {ends} at each update"),
-        (1e-5, 0.0, "lr 1e-05 converges, more and more slowly: some directions are nearly flat"),
+        (1e-5, 0.0, "lr 1e-05 converges slowly: it is far below the fastest rate"),
+        (1e-3, 0.0, f"lr 0.001 converges: {ends} every 346 updates"),
         (0.5, 0.0, "WARNING: lr 0.5 does not converge: each update multiplies the loss by 1"),
-        (99.0, 0.0, "WARNING: lr 99 diverges: each update multiplies the loss by 1.56e+05"),
+        (99.0, 0.0, "WARNING: lr 99 diverges: each update multiplies the loss by 156025"),
+        (
+            0.500001,
+            0.0,
+            "WARNING: lr 0.500001 diverges: each update multiplies the loss by 1.00001",
+        ),
     ]:
         assert h.verdict(lr, momentum) == words
+    flat = Curvature(torch.diag(torch.tensor([1e-6, 1.0, 4.0])))
+    words = "lr 0.4 converges, more and more slowly: some directions are nearly flat"
+    assert flat.verdict(0.4, 0.0) == words
     assert h.details(0.4, 0.0) == [
         "eigenvalues of the Hessian: 4 to 1, condition number 4; 1 of 3 directions do not change "
         "the loss",

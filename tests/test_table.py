@@ -1,6 +1,7 @@
 """A table of the user's own: reading, standardising, the coefficients and how exact they are."""
 
 import csv
+import math
 import re
 from pathlib import Path
 
@@ -93,7 +94,7 @@ PLACED = [
     ("a,b,y\n1,2,3\n", {"features": ["a", "y"]}, "features=['a', 'y'] must name one or more"),
     ("a,b,y\n1,2,3\n", {"features": ["a", "a"]}, "each once and without the target 'y'"),
     ("y\n1\n", {}, "features=[] must name one or more columns of"),
-    (",b,y\n0,1,2\n", {}, "features=['', 'b'] must name one or more columns of"),
+    (",b,y\n0,1,2\n", {}, "has no name (the index of a pandas table?): set --data.features"),
     ("a,b,y\n1,2,3\n\n4,,6\n", {}, "line 4, column 'b': the cell is empty"),
     ("a,b,y\n1,2,3\n4,5\n", {}, "line 3, column 'y': the cell is empty"),
     ("a,b,y\n1,2,3\n4,NA,5\n", {}, "line 3, column 'b': the cell is empty"),
@@ -218,7 +219,7 @@ def test_the_solution_from_moments_is_that_of_the_rows(case, bias):
     # Moments square the condition number of the columns, 1e2 to 1e4: 1e-16·1e8.
     torch.testing.assert_close(mine.theta, theirs.theta, rtol=1e-7, atol=1e-7)
     assert mine.condition_number == pytest.approx(theirs.condition_number, rel=1e-6)
-    errors = [standard_errors(data, found, 6 + bias) for found in (mine, theirs)]
+    errors = [standard_errors(data, found) for found in (mine, theirs)]
     torch.testing.assert_close(*errors, rtol=1e-6, atol=0, equal_nan=True)
 
 
@@ -270,6 +271,26 @@ def test_a_copied_and_a_constant_column(make_trainer, table, tmp_path):
     # y = x² on 0 … 9 has the least-squares line 9x − 12; a and twice get half of it each.
     a, twice, c, intercept = (float(row["coefficient"]) for row in rows)
     assert (a, twice, c, intercept) == pytest.approx((4.5, 2.25, 0, -12), abs=1e-9)
+
+
+def test_what_the_rows_do_not_determine_has_no_standard_error(
+    make_trainer, table, tmp_path, capsys
+):
+    free = "a,twice,c,d,y\n" + "".join(f"{i},{2 * i},7,{i * i % 7},{i**3}\n" for i in range(12))
+    alone = "a,d,y\n" + "".join(f"{i},{i * i % 7},{i**3}\n" for i in range(12))
+    found = []
+    for text in (free, alone):
+        data = TableData(table(text).path, "y", test_fraction=0.0, passes_per_epoch=10)
+        found.append(fitted(make_trainer, data, tmp_path, 10))
+        printed = capsys.readouterr().out
+        words = (
+            "constant or linearly dependent: a, twice, c: these coefficients are the smallest of"
+        )
+        assert (words in printed) == (text == free)
+        assert ("along 2 of 4 directions" in printed) == (text == free)
+    errors, alone = ({row["term"]: float(row["standard_error"]) for row in rows} for rows in found)
+    assert all(math.isnan(errors[name]) for name in ("a", "twice", "c", "intercept"))
+    assert errors["d"] == pytest.approx(alone["d"], rel=1e-9)
 
 
 # Checkpoints and predictions

@@ -14,22 +14,22 @@ from lightning_gd.data.tensors import tensor_data
 from lightning_gd.models.linear import LinearRegression
 from lightning_gd.moments import Moments, Optimum
 
-MOST_SHOWN = 50  # coefficients printed; the file holds all
+MOST_SHOWN, MOST_NAMED = 50, 8  # coefficients printed, and named; the file holds all
 HEADER = ("term", "coefficient", "least_squares", "difference", "standard_error")
 
 Rows = list[tuple[str, float, float, float, float]]
 
 
-def standard_errors(data: TableData, best: Optimum, trained: int) -> Tensor:
+def standard_errors(data: TableData, best: Optimum) -> Tensor:
     """Return the standard error of each exact coefficient in the units of the table, [D+1].
 
-    The square roots of the diagonal of A W Wᵀ Aᵀ σ², where A maps (w, b) to coefficients. All are
-    NaN where the `trained` numbers are not determined by the rows.
+    The square roots of the diagonal of A W Wᵀ Aᵀ σ², where A maps (w, b) to coefficients. It is
+    NaN where the rows do not determine the coefficient.
     """
     slopes = best.spread[:-1] / data.scale[:, None]
     lines = torch.cat([slopes, best.spread[-1:] - data.mean @ slopes])
-    unique = best.spread.shape[1] == trained
-    return lines.norm(dim=1) * (best.deviation if unique else math.nan)
+    known = torch.cat([best.is_unique, (best.is_unique | (data.mean == 0)).all()[None]])
+    return torch.where(known, lines.norm(dim=1) * best.deviation, math.nan)
 
 
 class Coefficients(Callback):
@@ -60,11 +60,16 @@ class Coefficients(Callback):
         solution = pad(best.theta, (0, 1 - bias.requires_grad))
         exact = data.coefficients(solution[:-1], solution[-1]).tolist()
         found = data.coefficients(weight, bias).tolist()
-        errors = standard_errors(data, best, len(data.features) + bias.requires_grad).tolist()
+        errors = standard_errors(data, best).tolist()
         apart = [a - b for a, b in zip(found, exact, strict=True)]
         terms = [*data.features, "intercept"]
         rows = list(zip(terms, found, exact, apart, errors, strict=True))
         _print(data.target, rows)
+        pairs = zip(data.features, best.is_unique.tolist(), strict=True)
+        if free := [name for name, is_unique in pairs if not is_unique]:
+            some = ", ".join(free[:MOST_NAMED]) + ", …" * (len(free) > MOST_NAMED)
+            print(f"constant or linearly dependent: {some}: these coefficients are the smallest of")
+            print("several solutions")
         theta = torch.cat([weight, bias[None]]).detach().double().cpu()
         for part in sorted(parts, reverse=True):
             print(f"{part}: {_quality(data.tables[part], moments.get(part), theta)}")
@@ -72,7 +77,9 @@ class Coefficients(Callback):
             far = _distance(theta, solution)
             made = f"after {trainer.global_step:,} updates"
             print(f"{made} {far:.2g} of the largest coefficient away from the exact one")
-            print(f"condition number {best.condition_number:.3g}")
+            kept, size = len(best.lengths), len(data.features)
+            along = f" along {kept} of {size} directions" if kept < size else ""
+            print(f"condition number {best.condition_number:.3g}{along}")
         if path := write_csv(trainer, "coefficients.csv", [HEADER, *rows]):
             print(f"every digit: {path}")
 

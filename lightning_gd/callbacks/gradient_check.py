@@ -253,7 +253,8 @@ class GradientCheck(Callback):
     def _record(self, trainer: Trainer, module: Any, reports: list[GradientReport]) -> None:
         self.checks += 1
         errors: dict[str, float] = {}
-        for name in {p.name for report in reports for p in report.parameters if p.diagnosis}:
+        wrong = (p.name for report in reports for p in report.parameters if p.diagnosis)
+        for name in dict.fromkeys(wrong):
             self.wrong[name] = self.wrong.get(name, 0) + 1
         missed = {p.name for report in reports for p in report.parameters if not p.tested}
         for p in (parameter for report in reports for parameter in report.parameters):

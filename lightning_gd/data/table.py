@@ -1,5 +1,6 @@
 """A table of the user's own, from a CSV file or from Parquet."""
 
+import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -208,6 +209,11 @@ class Standardised(nn.Module):
 
 def _features(path: str, names: list[str], target: str, chosen: list[str] | None) -> list[str]:
     _check_names(path, [target, *(chosen or [])], names)
+    if "" in names and chosen is None:
+        raise ValueError(
+            f"column {names.index('') + 1} of {path} has no name (the index of a pandas table?): "
+            "set --data.features to the names of the others, such as '[a, b]'"
+        )
     features = [name for name in names if name != target] if chosen is None else chosen
     if not features or {"", target} & {*features} or len({*features}) < len(features):
         raise ValueError(
@@ -221,7 +227,11 @@ def _check_names(path: str, wanted: list[str], names: list[str]) -> None:
     known = {*names}
     for name in wanted:
         if name not in known:
-            hint = "is --data.separator right? " if len(names) == 1 else ""
+            near = difflib.get_close_matches(name.lower(), names, n=1) or [
+                other for other in names if other.lower() == name.lower()
+            ]
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = "is --data.separator right? " if len(names) == 1 else hint
             some = shorten(", ".join(names), SHOWN, placeholder=" …")
             raise ValueError(f"{path} has no column {name!r}: {hint}its columns: {some}")
 

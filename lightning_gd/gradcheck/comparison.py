@@ -179,7 +179,8 @@ class Comparison:
         scale, self.bench.scale = self.bench.scale, 1.0
         one = self.bench.measure(self.points[1].weights).gradients[AUTOGRAD][name]
         self.bench.scale = scale
-        return scale != 1 and alike(self.points[1].gradients[AUTOGRAD][name], one / scale)
+        found = self.points[1].gradients[AUTOGRAD][name]
+        return scale != 1 and largest(one) > 0 and alike(found, one / scale)
 
     def _truth(self, point: Point, name: str) -> Slope:
         """Return the function of a direction that returns the right slope, and its uncertainty."""

@@ -340,8 +340,7 @@ MISTAKES = [
     _fused(
         "grad_output taken as 1",
         0,
-        "4 times",
-        settings={"scale": 0.25},
+        "grad_output is taken as 1",
         change=lambda d: {"dh": d.dh / d.g, "dw": d.dw / d.g},
     ),
     _fused(
