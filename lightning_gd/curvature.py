@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from lightning_gd.moments import rank_tolerance
+from lightning_gd.optimum import rank_tolerance
 
 MOST_UPDATES, MOST_WALKED = 10**9, 10**4  # that are counted without and with momentum
 SLOW = 10**4  # updates until the loss above the optimum is halved

@@ -60,8 +60,9 @@ def loss_curves(
     for curve in predicted:
         _plot(axes, curve, color=BLACK, lw=1.2, ls="--", label="predicted")
     if optimum is not None:
-        height = optimum if optimum > 1e-3 * axes.get_ylim()[0] else np.nan  # far below: no line
-        axes.axhline(height, color="#707070", lw=1.5, ls=":", label=f"optimum {optimum:.4g}")
+        seen = optimum > 1e-3 * axes.get_ylim()[0]
+        label = f"optimum {optimum:.4g}{'' if seen else ', far below'}"
+        axes.axhline(optimum if seen else np.nan, color="#707070", lw=1.5, ls=":", label=label)
     return with_legend(figure)
 
 

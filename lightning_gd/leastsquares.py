@@ -13,7 +13,8 @@ from lightning_gd.curvature import Curvature, largest_eigenvalue
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.distributed import reduce_sum
 from lightning_gd.evaluation import form
-from lightning_gd.moments import Moments, Optimum, takes_moments
+from lightning_gd.moments import Moments, takes_moments
+from lightning_gd.optimum import Optimum
 
 MOST_WORK = 10**10  # multiplications for an optimum from the rows: a few seconds
 MOST_PARAMETERS = 4097  # the eigendecomposition for more takes longer than most runs

@@ -124,7 +124,7 @@ def _draw(axes: Axes, surface: Surface, names: Sequence[str]) -> tuple[Line2D, n
     cut = f" of {updates[-1]:,}" if surface.shown < len(updates) else ""
     label = f"updates {updates[0]:,} to {updates[surface.shown - 1]:,}{cut}"
     (line,) = axes.plot([], [], "o-", color=ODD, lw=1.2, ms=4, label=label, zorder=4)
-    for label, marker, k in (("start", "o", 0), ("end", "s", -1)):
+    for label, marker, k in (("start", "o", 0), ("last one shown" if cut else "end", "s", -1)):
         style = {"color": ODD, "ms": 9, "mec": "white", "mew": 1.5, "zorder": 5}
         axes.plot(*points[k], marker, label=label, **style)
     return line, points

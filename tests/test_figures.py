@@ -121,7 +121,9 @@ def test_losses_are_on_a_log_scale_and_the_optimum_is_a_line():
     # An optimum far below the curve is named, and does not squeeze it.
     limits = [figure.axes[0].get_ylim() for figure in drawn]
     assert drawn[0].axes[0].get_yscale() == "log" and limits[1] == limits[2]
-    assert "optimum 1e-30" in [text.get_text() for text in drawn[2].legends[0].get_texts()]
+    assert "optimum 1e-30, far below" in [
+        text.get_text() for text in drawn[2].legends[0].get_texts()
+    ]
 
 
 @pytest.mark.parametrize("first", [1.0, 0.0])

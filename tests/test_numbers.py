@@ -10,7 +10,7 @@ from conftest import fit as train
 
 from lightning_gd import LinearRegression, LogisticParity, Moments, PointsData, Table
 from lightning_gd.leastsquares import LeastSquares
-from lightning_gd.moments import Optimum, rank_tolerance
+from lightning_gd.optimum import Optimum, rank_tolerance
 
 RIGHT = "hard tables solved within their bound"
 EPS = torch.finfo(torch.float64).eps

@@ -15,7 +15,7 @@ from lightning_gd import LinearRegression, Moments
 from lightning_gd.callbacks.coefficients import Coefficients, standard_errors
 from lightning_gd.callbacks.predictions import Predictions
 from lightning_gd.data.table import LONGLEY, TableData
-from lightning_gd.moments import Optimum
+from lightning_gd.optimum import Optimum
 
 # NIST, Statistical Reference Datasets, Longley: to 15 digits, the intercept last.
 CERTIFIED = [

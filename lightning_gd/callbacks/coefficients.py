@@ -12,7 +12,8 @@ from lightning_gd.data.table import TableData
 from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.models.linear import LinearRegression
-from lightning_gd.moments import Moments, Optimum
+from lightning_gd.moments import Moments
+from lightning_gd.optimum import Optimum
 
 MOST_SHOWN, MOST_NAMED = 50, 8  # coefficients printed, and named; the file holds all
 HEADER = ("term", "coefficient", "least_squares", "difference", "standard_error")
