@@ -68,6 +68,13 @@ class Optimum:
         """Whether the rows determine each entry of w*, shape [D]: not of dependent columns."""
         return self.directions.norm(dim=1) * self.scale > 1 - 1e-6  # exactly 1, or far below
 
+    def determines(self, g: Tensor) -> bool:
+        """Tell whether Σ gⱼ wⱼ, with g of shape [D], is the same for all solutions w."""
+        axes, scaled = self.directions * self.scale[:, None], g * inverse_of(self.scale)
+        outside = scaled - axes @ (axes.T @ scaled)
+        free = (self.scale == 0) & (g != 0)  # of constant columns
+        return not free.any() and bool(outside.norm() <= 1e-6 * scaled.norm())
+
     @property
     def condition_number(self) -> float:
         """λmax/λmin of the covariance of the columns scaled to one variance."""

@@ -291,6 +291,11 @@ def test_what_the_rows_do_not_determine_has_no_standard_error(
     errors, alone = ({row["term"]: float(row["standard_error"]) for row in rows} for rows in found)
     assert all(math.isnan(errors[name]) for name in ("a", "twice", "c", "intercept"))
     assert errors["d"] == pytest.approx(alone["d"], rel=1e-9)
+    # Without the constant column, which is an intercept itself, that one is determined.
+    text = "a,twice,d,y\n" + "".join(f"{i},{2 * i},{i * i % 7},{i**3}\n" for i in range(12))
+    data = TableData(table(text).path, "y", test_fraction=0.0, passes_per_epoch=10)
+    rows = fitted(make_trainer, data, tmp_path, 10)
+    assert float(rows[-1]["standard_error"]) == pytest.approx(alone["intercept"], rel=1e-9)
 
 
 # Checkpoints and predictions

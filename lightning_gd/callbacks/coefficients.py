@@ -29,8 +29,8 @@ def standard_errors(data: TableData, best: Optimum) -> Tensor:
     """
     slopes = best.spread[:-1] / data.scale[:, None]
     lines = torch.cat([slopes, best.spread[-1:] - data.mean @ slopes])
-    known = torch.cat([best.is_unique, (best.is_unique | (data.mean == 0)).all()[None]])
-    return torch.where(known, lines.norm(dim=1) * best.deviation, math.nan)
+    known = [*best.is_unique.tolist(), best.determines(data.mean / data.scale)]
+    return torch.where(torch.tensor(known), lines.norm(dim=1) * best.deviation, math.nan)
 
 
 class Coefficients(Callback):
