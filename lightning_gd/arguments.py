@@ -64,8 +64,7 @@ def check(words: Iterable[str]) -> None:
         elif option in CALLBACKS:
             chosen[option] = ""  # another class, or null
     for option, value in options:
-        if option.endswith("+"):  # one value of a list
-            continue
+        option, value = option.removesuffix("+"), "[]" if option.endswith("+") else value
         part, _, name = option.partition(".")
         name = name.removeprefix("init_args.")
         settings = settings_of(part, chosen.get(part, ""))

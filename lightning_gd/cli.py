@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return the exit status.
 
     It is 0 on success, 1 for a failure of files, network or another process, 2 for wrong
-    arguments, 3 if the run diverged.
+    arguments, 3 if the run diverged, 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

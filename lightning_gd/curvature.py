@@ -12,7 +12,7 @@ from lightning_gd.optimum import rank_tolerance
 
 MOST_UPDATES, MOST_WALKED = 10**9, 10**4  # that are counted without and with momentum
 SLOW = 10**4  # updates until the loss above the optimum is halved
-FAR = 1e-2  # of the fastest rate
+FAR = 1e-2  # a rate below this part of the fastest one is called far below it
 MOST_PRODUCTS = 200  # of a Hessian and a vector
 
 

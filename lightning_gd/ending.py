@@ -14,7 +14,7 @@ from lightning_gd.distributed import world_size
 
 
 def reason(error: BaseException, checkpoint: str | None) -> Exception | None:
-    """Return a failure in our words where another process or a checkpoint is the cause."""
+    """Return a clearer error if another process or a checkpoint caused it; None otherwise."""
     if type(error).__name__.startswith("Dist") or re.search("gloo|pair closure", str(error)):
         return RuntimeError(_lost(str(error)))
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,5 +1,6 @@
 """A trained model as one file for other programs: ONNX, or a program of `torch.export`."""
 
+import copy
 import io
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -57,8 +58,8 @@ def export(model: LightningModule, data: LightningDataModule, path: Path) -> str
         ArithmeticError: If the graph predicts something else than the model.
     """
     rows, scaled = _raw_rows(data)
-    graph, name = FromRaw(model.float().cpu(), scaled).eval(), type(model).__name__
-    graph.requires_grad_(False)  # nor shall the predictions of a program
+    copied, name = copy.deepcopy(model).float().cpu(), type(model).__name__
+    graph = FromRaw(copied, scaled).eval().requires_grad_(False)  # nor do predictions need one
     with torch.no_grad():
         expected = graph(rows)
     if not isinstance(expected, Tensor):

@@ -1,7 +1,7 @@
 """What a run knows of its data if its loss is least squares, and the learning rate "auto"."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -70,9 +70,7 @@ class LeastSquares:
         if not found.dropped or train.on_disk or rows * columns * min(rows, columns) > MOST_WORK:
             return found
         exact = Optimum.of_rows(*train.part(slice(None)).use(torch.float64).local(), bias)
-        weight, offset = exact.weight.to(self.device), exact.bias
-        offset = None if offset is None else offset.to(self.device)
-        return replace(exact, weight=weight, bias=offset, loss=exact.loss.to(self.device))
+        return exact.to(self.device)
 
     @cached_property
     def auto_lr(self) -> float:
@@ -110,7 +108,8 @@ class AutoLearningRate(Callback):
         if squares is None or optimizer != "SGD" or not squares.data.full_batch:
             data = tensor_data(trainer)
             batch_size = getattr(data, "batch_size", None)
-            y = "" if data is None else f", y {form(data.tables['train'].y)} (it must be [N])"
+            y = None if data is None else data.tables["train"].y
+            y = "" if y is None or y.ndim == 1 else f" and y {form(y)}, which must be [N]"
             raise ValueError(
                 "lr='auto' is 1/λmax of a full-batch least-squares loss with SGD; got "
                 f"{type(pl_module).__name__} with optimizer={optimizer} and "

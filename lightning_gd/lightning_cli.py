@@ -98,7 +98,8 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments; the settings of a checkpoint come before what is typed."""
-        self._check_model(args)
+        if self.verb != "check":
+            _refuse_foreign_model(args)
         if args != (others := without(args)):
             config = parser.parse_args(others)
             args = with_names(args, config.trainer.default_root_dir or LOGS, config.experiment)
@@ -120,17 +121,6 @@ class CommandLine(LightningCLI):
         self.config = parser.parse_args([*words, "--ckpt_path", file])
         self.continued = run_of(file) if self.verb == "fit" else None
         self._say(file, theirs)
-
-    def _check_model(self, words: list[str]) -> None:
-        """Refuse a LightningModule of another kind, which the parser would not find."""
-        for option, value in pairwise([part for word in words for part in word.split("=", 1)]):
-            cls = locate(value) if option == "--model" and "." in value else None
-            if self.verb != "check" and isinstance(cls, type):
-                if issubclass(cls, LightningModule) and not issubclass(cls, GradientDescentModule):
-                    raise ValueError(
-                        f"--model {value} is no GradientDescentModule: train it by Lightning's "
-                        f"Trainer with callbacks=[GradientCheck()]; the verb check takes it"
-                    )
 
     @rank_zero_only
     def _say(self, file: str, theirs: dict[str, dict[str, Any]]) -> None:
@@ -256,6 +246,20 @@ class CommandLine(LightningCLI):
 
 def _class(config: Any) -> Any:
     return locate(config.class_path)
+
+
+def _refuse_foreign_model(words: list[str]) -> None:
+    """Refuse another LightningModule, whose class the parser would say it cannot find."""
+    pairs = pairwise([part for word in words for part in word.split("=", 1)])
+    names = [value for option, value in pairs if option == "--model" and "." in value]
+    for name in names:
+        cls: Any = None if name.endswith((".yaml", ".yml")) else locate(name)
+        foreign = inspect.isclass(cls) and issubclass(cls, LightningModule)
+        if foreign and not issubclass(cls, GradientDescentModule):
+            raise ValueError(
+                f"{name} is not a GradientDescentModule: train it with Lightning's Trainer and "
+                "GradientCheck(); only the verb check accepts it"
+            )
 
 
 def _default_width(model: type) -> int | None:

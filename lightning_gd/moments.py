@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from lightning_gd import arrow
 from lightning_gd.batch import Batch, is_current
-from lightning_gd.optimum import Optimum, inverse_of, rank_tolerance, varying
+from lightning_gd.optimum import Optimum, inverse_of, nonconstant_scale, rank_tolerance
 from lightning_gd.sums import sums
 
 
@@ -109,7 +109,7 @@ class Moments:
         Shape [D]; 0 for a column that is constant but for its rounding.
         """
         squares = self.cov.diagonal() + (0 if bias else self.mean.square())
-        return varying(squares.clamp(min=0).sqrt(), self.mean)[:-1]
+        return nonconstant_scale(squares.clamp(min=0).sqrt(), self.mean)[:-1]
 
     def affine(self, scale: Tensor | float, shift: Tensor | float) -> "Moments":
         """Return the moments of (x·scale + shift, y): one number each, or shape [D]."""

@@ -1,11 +1,13 @@
 """The exact solution of a least-squares problem, and how well its rows determine it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+FREE = 1e-9  # the share of a direction outside of the row space that is not rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +24,8 @@ class Optimum:
         scale: sⱼ, shape [D]; 0 for a column that is constant but for its rounding.
         lengths: Singular values of the centred columns, each divided by sⱼ, shape [rank].
         directions: The change of w along each of them, shape [D, rank].
-        dropped: Directions along which columns vary, but too little for moments in float64: where
-            they are no rounding, L* is above the least loss, and `of_rows` finds that.
+        dropped: Number of directions below the precision of moments. If they are not rounding,
+            `loss` is above the minimum; `of_rows` resolves them.
     """
 
     weight: Tensor
@@ -46,7 +48,7 @@ class Optimum:
         x, y = x.double().cpu(), y.double().cpu()
         mean, target = x.mean(0) * bias, y.mean() * bias
         columns, goal = x - mean, y - target
-        scale = varying(columns.square().mean(0).sqrt(), mean)
+        scale = nonconstant_scale(columns.square().mean(0).sqrt(), mean)
         inverse = inverse_of(scale)
         # R of QR has the singular values of the rows, and at most D + 1 rows itself.
         reduced = torch.linalg.qr(torch.cat([columns * inverse, goal[:, None]], 1), mode="r").R
@@ -58,6 +60,11 @@ class Optimum:
         found = weight, offset if bias else None, loss
         return cls(*found, len(x), mean, scale, lengths, directions)
 
+    def to(self, device: torch.device) -> "Optimum":
+        """Return a copy on another device."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
     @property
     def theta(self) -> Tensor:
         """(w*, b*) flattened in the order of the Hessian, shape [D+1]; [D] without bias."""
@@ -65,15 +72,19 @@ class Optimum:
 
     @property
     def is_unique(self) -> Tensor:
-        """Whether the rows determine each entry of w*, shape [D]: not of dependent columns."""
-        return self.directions.norm(dim=1) * self.scale > 1 - 1e-6  # exactly 1, or far below
+        """Whether the rows determine each entry of w*, shape [D].
+
+        False for linearly dependent and constant columns.
+        """
+        share = (self.directions * self.scale[:, None]).square().sum(1)  # of eⱼ in the row space
+        return (self.scale > 0) & (share > 1 - FREE)
 
     def determines(self, g: Tensor) -> bool:
         """Tell whether Σ gⱼ wⱼ, with g of shape [D], is the same for all solutions w."""
         axes, scaled = self.directions * self.scale[:, None], g * inverse_of(self.scale)
         outside = scaled - axes @ (axes.T @ scaled)
         free = (self.scale == 0) & (g != 0)  # of constant columns
-        return not free.any() and bool(outside.norm() <= 1e-6 * scaled.norm())
+        return not free.any() and bool(outside.norm() <= FREE * scaled.norm())
 
     @property
     def condition_number(self) -> float:
@@ -106,7 +117,7 @@ def rank_tolerance(size: int) -> float:
     return max(size, 32) * torch.finfo(torch.float64).eps
 
 
-def varying(scale: Tensor, mean: Tensor) -> Tensor:
+def nonconstant_scale(scale: Tensor, mean: Tensor) -> Tensor:
     """Return the scale of each column, and 0 of one that is constant but for its rounding."""
     return torch.where(scale > 16 * torch.finfo(torch.float64).eps * mean.abs(), scale, 0.0)
 

@@ -53,12 +53,14 @@ class GradientTests:
         sizes = [n for n in self.rows if n <= shared_rows(batch)]
         for part in [batch, *(take_rows(batch, slice(n)) for n in sizes)]:
             found = self._checked(self._new(), part)
-            rows = f"of {count_rows(part)} rows: has it a finite loss? `rows` names other numbers"
-            assert found.checks, f"nothing was checked on a batch {rows}"
+            rows = f"{count_rows(part)} rows: the loss may not be finite; set `rows` to others"
+            assert found.checks, f"nothing was checked on {rows}"
 
     def test_each_mistake_is_noticed(self) -> None:
         """Double the gradient of one parameter after another, unless it vanishes."""
-        tested = self._checked(self._new(), self.batch()).tested
+        found = self._checked(self._new(), self.batch())
+        tested = found.tested
+        assert found.checks, "nothing was checked: the loss may not be finite"
         assert any(tested.values()), "the gradients of all parameters vanish"
         missed = [name for name, times in tested.items() if times and not self._finds(name)]
         assert not missed, f"a doubled gradient was not noticed: {', '.join(missed)}"

@@ -24,8 +24,8 @@ def check(model: Any, data: Any) -> None:
     batch = data.sample("train") if tables else next(iter(data.train_dataloader()))
     report = check_gradients(model, draw(batch, CHECKED, seed=0))
     if report.failure:
-        name = type(data).__name__
-        raise ValueError(f"{report}; is --data {name} what the model takes? --data names another")
+        hint = f". If {type(data).__name__} is not the data of this model, set --data"
+        raise ValueError(f"{report}{'' if report.is_skipped else hint}")
     print_report(report, f"The gradient of {type(model).__name__}")
     report.raise_if_wrong()
 

@@ -86,8 +86,8 @@ def _compare(arguments: argparse.Namespace) -> None:
         runs = comparison.all_four(problem, arguments.steps, arguments.reduction)
     except ArithmeticError as error:
         stable = problem.curvature.max_lr(problem.momentum)
-        hint = f"lr below {stable:.4g} converges, and fewer --steps show how it begins"
-        raise ArithmeticError(f"{error}; {hint}") from error
+        hint = f"; lr below {stable:.4g} converges, and fewer --steps show how it begins"
+        raise ArithmeticError(f"{error}{hint if problem.lr >= stable else ''}") from error
     predicted = comparison.predicted_losses(problem, arguments.steps)
     losses = {**{name: run.losses for name, run in runs.items()}, "predicted": predicted}
     console = Console()

@@ -149,7 +149,7 @@ WRONG = {
     "no list": ([*TABLE, "good.csv", "--data.features", "a"], r"features=a must be a list such"),
     "index": ([*TABLE, "index.csv"], r"column 1 of index.csv has no name \(the index of a pandas"),
     "letters": ([*TABLE, "good.csv", "--data.features", "[A]"], "no column 'A': did you mean 'a'"),
-    "foreign": (["--model", f"{BORING}"], "BoringModel is no GradientDescentModule: train it by"),
+    "foreign": (["--model", f"{BORING}"], "BoringModel is not a GradientDescentModule: train"),
     "separator": ([*TABLE, "good.csv", "--data.separator", "::"], "separator='::'"),
     "other separator": ([*TABLE, "good.csv", "--data.separator", ";"], "separator right"),
     "not Parquet": ([*TABLE, "mine.parquet"], "mine.parquet is no Parquet file"),

@@ -245,6 +245,56 @@ def test_an_update_without_a_loss_is_not_checked(make_trainer, odd):
         check_gradients(nan, *rows()).raise_if_wrong()
 
 
+class Half(Plain):
+    """The second of two accumulated batches has no loss."""
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_an_accumulated_batch_without_a_loss_counts_as_zero(make_trainer):
+    module, batches = Half(nn.Linear(6, 3)), [rows(), rows()]
+    _, check = fit(make_trainer, module, batches, accumulate_grad_batches=2)
+    assert check.checks == 3 and all(check.tested.values())
+
+
+def test_a_loss_that_raises_is_no_clean_run(make_trainer):
+    check = GradientCheck(on_error="warn")
+    with pytest.warns(UserWarning, match="nothing was compared: loss raised .* asked again"):
+        fit(make_trainer, Refused(nn.Linear(6, 3), REFUSED["another"][0]), [rows()], check)
+    assert check.summary() == "3 checks, WRONG: nothing was compared (3 of 3)"
+
+
+def test_a_reference_of_a_loss_that_vanishes(make_trainer):
+    """Rounding is all of a loss at its optimum; elsewhere the two are compared."""
+    module = Plain(nn.Linear(6, 1), lambda found, y: (found[:, 0] - y).square().mean())
+    x = torch.randn(8, 6)
+    y = module.net(x)[:, 0].detach()
+
+    def reference(module, batch):
+        return torch.nn.functional.mse_loss(module.net(batch[0])[:, 0], batch[1])
+
+    assert check_gradients(module, x, y, reference=reference).ok
+    twice = check_gradients(module, x, y, reference=lambda m, b: 2 * reference(m, b))
+    assert re.fullmatch(r"nothing was compared: loss: it is \S+, and reference= .*", str(twice))
+
+
+class Logarithm(Plain):
+    def __init__(self):
+        super().__init__(nn.Linear(6, 1, bias=False))
+        nn.init.constant_(self.net.weight, 2.0)
+
+    def training_step(self, batch, batch_idx):
+        return (batch[0] * self.net.weight.log()).square().mean()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_random_step_ends_where_the_loss_is_finite(seed):
+    report = check_gradients(Logarithm(), *rows(), seed=seed)
+    assert report.ok and not report.failure and report.parameters[0].tested
+
+
 class Careless(torch.autograd.Function):
     """The sum of squares, whose backward pass ignores what it is given."""
 
@@ -277,9 +327,7 @@ def test_settings_that_are_no_loss_are_refused(make_trainer):
     with pytest.raises(ValueError, match="reference='plain' must be a function of the module"):
         GradientCheck(reference="plain")  # pyright: ignore[reportArgumentType]
     twice = GradientCheck(reference=lambda module, batch: 2 * module.training_step(batch, 0))
-    with pytest.raises(
-        GradientError, match=r"loss: it is (\S+) in torch.float64, and reference= is"
-    ):
+    with pytest.raises(GradientError, match=r"loss: it is \S+, and reference= returns"):
         fit(make_trainer, Plain(nn.Linear(6, 3)), [rows()], twice)
 
 

@@ -15,7 +15,7 @@ from lightning_gd.models.linear import LinearRegression
 from lightning_gd.moments import Moments
 from lightning_gd.optimum import Optimum
 
-MOST_SHOWN, MOST_NAMED = 50, 8  # coefficients printed, and named; the file holds all
+MOST_SHOWN, MOST_NAMED = 50, 8  # coefficients printed; undetermined ones named
 HEADER = ("term", "coefficient", "least_squares", "difference", "standard_error")
 
 Rows = list[tuple[str, float, float, float, float]]
@@ -29,7 +29,7 @@ def standard_errors(data: TableData, best: Optimum) -> Tensor:
     """
     slopes = best.spread[:-1] / data.scale[:, None]
     lines = torch.cat([slopes, best.spread[-1:] - data.mean @ slopes])
-    known = [*best.is_unique.tolist(), best.determines(data.mean / data.scale)]
+    known = [*best.is_unique.tolist(), best.determines(best.mean + data.mean / data.scale)]
     return torch.where(torch.tensor(known), lines.norm(dim=1) * best.deviation, math.nan)
 
 
@@ -69,8 +69,8 @@ class Coefficients(Callback):
         pairs = zip(data.features, best.is_unique.tolist(), strict=True)
         if free := [name for name, is_unique in pairs if not is_unique]:
             some = ", ".join(free[:MOST_NAMED]) + ", …" * (len(free) > MOST_NAMED)
-            print(f"constant or linearly dependent: {some}: these coefficients are the smallest of")
-            print("several solutions")
+            print(f"The rows do not determine the coefficients of {some} (constant or linearly")
+            print("dependent columns): the smallest solution is shown")
         theta = torch.cat([weight, bias[None]]).detach().double().cpu()
         for part in sorted(parts, reverse=True):
             print(f"{part}: {_quality(data.tables[part], moments.get(part), theta)}")

@@ -37,9 +37,9 @@ class GradientCheck(Callback):
     `p.grad`, before it is clipped, is compared with the gradient on the batches of the update on
     all processes, which shows a missing reduction. See `check_gradients` and `check_delivered` for
     the bounds. A callback that changes `p.grad` must come before this one; what the module's own
-    `on_before_optimizer_step` changes is not seen. An update without a loss, or with one that is
-    not finite, is not checked. A gradient that is cut on purpose (`detach` inside the loss, as in
-    a straight-through estimator) is not that of the loss: give `loss=` with fixed targets.
+    `on_before_optimizer_step` changes is not seen. An update whose first batch has no finite loss
+    is not checked. A straight-through estimator (`detach` inside the loss) fails the check: pass
+    `loss=` with fixed targets.
 
     The largest relative error is logged as `verify/<parameter>`; nothing else in the run
     changes. `checks` counts the checks of this fit, `tested` those that found the gradient of
@@ -84,6 +84,7 @@ class GradientCheck(Callback):
         self.checks = 0
         self.tested: dict[str, int] = {}
         self.wrong: dict[str, int] = {}
+        self.skipped = 0  # updates due, without a finite loss
         self._first = -1  # `global_step` before the first of the batches kept
         self._steps: list[tuple[Updates, int, RandomState]] = []  # their index, the state before
         self._due: float = math.inf  # the number of the next update to check
@@ -93,14 +94,15 @@ class GradientCheck(Callback):
 
     def summary(self) -> str:
         """Return one line on the whole fit: how many checks, and what they could not test."""
+        skipped = f", {self.skipped} without a finite loss" if self.skipped else ""
         if not self.checks:
-            return "nothing was checked"
+            return f"nothing was checked{skipped}"
         missed = ", ".join(name for name, times in self.tested.items() if not times)
+        names = (f"{name} ({times} of {self.checks})" for name, times in self.wrong.items())
+        wrong = ", ".join(names)
+        found = [f"WRONG: {wrong}"] * bool(wrong) + [f"not tested: {missed}"] * bool(missed)
         checks = "1 check" if self.checks == 1 else f"{self.checks} checks"
-        if self.wrong:
-            names = (f"{name} ({times} of {self.checks})" for name, times in self.wrong.items())
-            return f"{checks}, WRONG: {', '.join(names)}"
-        return f"{checks}, {f'not tested: {missed}' if missed else 'all parameters tested'}"
+        return f"{checks}{skipped}, {'; '.join(found) or 'all parameters tested'}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._sound = False
@@ -121,7 +123,9 @@ class GradientCheck(Callback):
             reason = f"{type(trainer.strategy).__name__} shards its parameters: use ddp"
         elif not (own or pl_module.automatic_optimization or self.loss):
             reason = "it optimizes manually: give GradientCheck(loss=...), a method or a function"
-        elif unknown := [f for f in given if isinstance(f, str) and not hasattr(pl_module, f)]:
+        elif unknown := [
+            f for f in given if isinstance(f, str) and not callable(getattr(pl_module, f, None))
+        ]:
             reason = f"loss={unknown[0]!r} is no method of it"
         elif world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules()):
             reason = "SyncBatchNorm communicates in the forward pass: check it on one process"
@@ -181,7 +185,9 @@ class GradientCheck(Callback):
         with muted(trainer):
             before, parts = self._as_it_was(module), self._parts(update)
             report, trusted = self._formula(update, before, parts)
-            if not agreed(not report.is_skipped):
+            is_skipped = not agreed(not report.is_skipped)
+            if is_skipped and agreed(report.ok or report.is_skipped):
+                self.skipped += 1
                 self._say("an update was not checked: there was no loss, or none that is finite")
                 return
             kept = tuple(p for p in report.parameters if p.name in named or update.own)
@@ -191,10 +197,10 @@ class GradientCheck(Callback):
             if not wrong:
                 delivery = update.delivery(parts, found)
                 reports.append(check_delivered(before, delivery, agreed, agreed(trusted)))
-                self._is_wrong(trainer, reports[1])
+                wrong = self._is_wrong(trainer, reports[1])
         for text in (*(report.note for report in reports), update.note):
             self._say(text)
-        self._record(trainer, module, reports)
+        self._record(trainer, module, reports, wrong)
 
     def _parts(self, update: Update) -> list[Part]:
         """Return the local batches of this update, and the states that they begin with."""
@@ -243,18 +249,24 @@ class GradientCheck(Callback):
         # All processes stop together, or one would wait for the others for ever.
         if agree(report.ok, trainer.strategy.root_device):
             return False
-        text = "found on another process" if report.ok else "\n".join(report.lines())
+        other = report.ok or report.is_skipped
+        text = "found on another process" if other else "\n".join(report.lines())
         message = f"gradient check at update {trainer.global_step}:\n{text}"
         if self.on_error == "stop":
             raise GradientError(message)
         warnings.warn(message, stacklevel=2)
         return True
 
-    def _record(self, trainer: Trainer, module: Any, reports: list[GradientReport]) -> None:
+    def _record(
+        self, trainer: Trainer, module: Any, reports: list[GradientReport], wrong: bool
+    ) -> None:
         self.checks += 1
         errors: dict[str, float] = {}
-        wrong = (p.name for report in reports for p in report.parameters if p.diagnosis)
-        for name in dict.fromkeys(wrong):
+        named = [p.name for report in reports for p in report.parameters if p.diagnosis]
+        if wrong and not named:
+            failed = any(report.failure for report in reports)
+            named = ["nothing was compared" if failed else "on another process"]
+        for name in dict.fromkeys(named):
             self.wrong[name] = self.wrong.get(name, 0) + 1
         missed = {p.name for report in reports for p in report.parameters if not p.tested}
         for p in (parameter for report in reports for parameter in report.parameters):

@@ -114,9 +114,7 @@ class _Arrays:
         if len(found) < (stop - start) * size:
             raise OSError(f"{file} was cut while it was read: row {stop - 1} is missing")
         # Many operations of torch know no unsigned integers of 16 and 32 bits.
-        native = (
-            np.int64 if dtype.kind == "u" and dtype.itemsize in (2, 4) else dtype.newbyteorder("=")
-        )
+        native = {"u2": np.int32, "u4": np.int64}.get(dtype.str[1:], dtype.newbyteorder("="))
         rows = found.reshape(-1, *shape).astype(native, copy=False)
         return torch.from_numpy(rows[:, None] if which == 0 and not shape else rows)
 

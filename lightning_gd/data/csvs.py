@@ -48,12 +48,10 @@ def frame_of(path: str, separator: str) -> Any:
         form |= {"index_col": False, "skip_blank_lines": False, "low_memory": False}
         try:
             frame = pandas.read_csv(path, **form)
-        except (MemoryError, pandas.errors.ParserError) as error:
+        except (MemoryError, ValueError, pandas.errors.ParserWarning) as error:
             if isinstance(error, MemoryError) or "out of memory" in str(error):
                 what = f"{path} ({Path(path).stat().st_size:,} bytes) does not fit into memory"
                 raise ValueError(f"{what}: write it as Parquet, which is read in parts") from error
-            raise ValueError(f"{path} cannot be read as a table: {str(error).strip()}") from error
-        except (ValueError, pandas.errors.ParserWarning) as error:
             raise ValueError(f"{path} cannot be read as a table: {str(error).strip()}") from error
     frame = frame.dropna(how="all")
     if frame.empty:

@@ -227,10 +227,9 @@ def _check_names(path: str, wanted: list[str], names: list[str]) -> None:
     known = {*names}
     for name in wanted:
         if name not in known:
-            near = difflib.get_close_matches(name.lower(), names, n=1) or [
-                other for other in names if other.lower() == name.lower()
-            ]
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            lowered = {other.lower(): other for other in names}
+            near = difflib.get_close_matches(name.lower(), lowered, n=1)
+            hint = f"did you mean {lowered[near[0]]!r}? " if near else ""
             hint = "is --data.separator right? " if len(names) == 1 else hint
             some = shorten(", ".join(names), SHOWN, placeholder=" …")
             raise ValueError(f"{path} has no column {name!r}: {hint}its columns: {some}")

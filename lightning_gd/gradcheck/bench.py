@@ -24,8 +24,8 @@ AGAIN = (
     "give loss=, a function of the module and the batch alone"
 )
 FORMULA, AUTOGRAD = "explicit", "autograd"  # kinds of gradients
-SCALE = 0.5  # of the loss: a backward pass that takes grad_output as 1 is wrong for it
-OTHER = 1e-3  # of its size: no rounding
+SCALE = 0.5  # of the loss in the backward pass: one that takes grad_output as 1 is wrong then
+OTHER = 1e-3  # the relative difference of two losses above which rounding is no explanation
 
 Weights = dict[str, Tensor]
 Loss = Callable[[Any, Any], Tensor]  # of a model and a batch, shape []
@@ -52,7 +52,7 @@ class Bench:
         dtype: Of the copy, and of floating tensors of the batch.
         reference: Another loss with the same value, of plain operations; differences are its own.
         fresh: Every call finds the same attributes; else a formula that keeps some is noticed.
-        scale: Autograd gives the gradient of so many times the loss, which is divided by it.
+        scale: Factor of the loss in the backward pass; the gradients are divided by it.
     """
 
     def __init__(
@@ -95,7 +95,9 @@ class Bench:
         if loss.numel() != 1:
             raise ValueError(f"it has shape {list(loss.shape)}, and a loss is one number")
         if not loss.isfinite():
-            raise NoLoss(f"it is {loss.item()} on this batch")
+            if weights is self.start:
+                raise NoLoss(f"it is {loss.item()} on this batch")
+            raise ValueError(f"it is {loss.item()} after a random step of the weights")
         self.functions = self.functions or functions_behind(loss, self.parameters)
         found = torch.autograd.grad(
             loss,
@@ -116,15 +118,22 @@ class Bench:
         return Point(weights, value, gradients)
 
     @torch.no_grad()
-    def check_precision(self) -> None:
-        """Raise ValueError if the loss has not the precision of the reference, as in a kernel."""
+    def is_less_precise(self) -> bool:
+        """Tell whether the loss rounds by more than the reference; both are asked after a step.
+
+        Raises:
+            NoLoss: If the two differ by more than any rounding.
+        """
+        weights = self.moved(self.loss(self.start))  # at the given ones the loss may be nearly zero
         self._state.restore()
-        self._place(self.start)
-        value, right = self._watched(self._loss, "loss").item(), self.loss(self.start)
-        if self._differ(value, right):
-            words = f"it is {value:.9g} in {self.dtype}, and reference= is {right:.9g}"
-            other = abs(value - right) > OTHER * max(abs(value), abs(right))
-            raise NoLoss(words, is_mistake=True) if other else ValueError(words)
+        self._place(weights)
+        found, right = self._watched(self._loss, "loss"), self.loss(weights)
+        if found.numel() != 1:
+            return False  # which `measure` refuses
+        value = found.item()
+        if abs(value - right) > OTHER * max(abs(value), abs(right)):
+            raise NoLoss(f"it is {value:.9g}, and reference= returns {right:.9g}", is_mistake=True)
+        return self._differ(value, right)
 
     def _differ(self, one: float, other: float) -> bool:
         return abs(one - other) > min(self.rounding, 1e-3) * max(abs(one), abs(other))
@@ -198,6 +207,8 @@ class Bench:
         step they do not. The size of the loss is that at the given weights or at zero, whichever
         is larger: predictions then move by the scale of the targets, and cross kinks.
         """
+        if not math.isfinite(loss):
+            raise NoLoss(f"it is {loss} on this batch")
         way = {name: self.random(self.start[name]) for name in self.trained}
         zero = abs(self.loss({**self.start, **{n: torch.zeros_like(v) for n, v in way.items()}}))
         wanted = max(abs(loss), zero if math.isfinite(zero) else 0.0) / 2 or 1.0
@@ -210,7 +221,8 @@ class Bench:
             middle = (short + long) // 2
             enough = not abs(self.loss(after(LENGTHS[middle])) - loss) < wanted  # also nan
             short, long = (short, middle) if enough else (middle, long)
-        return after(LENGTHS[min(long, len(LENGTHS) - 1)])
+        found = after(LENGTHS[min(long, len(LENGTHS) - 1)])
+        return found if short < 0 or math.isfinite(self.loss(found)) else after(LENGTHS[short])
 
     def random(self, like: Tensor) -> Tensor:
         """Return normal random numbers in the shape of a parameter."""

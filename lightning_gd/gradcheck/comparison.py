@@ -176,11 +176,15 @@ class Comparison:
 
     def _ignores_scale(self, name: str) -> bool:
         """Tell whether the gradient of half of the loss is that of the loss."""
-        scale, self.bench.scale = self.bench.scale, 1.0
-        one = self.bench.measure(self.points[1].weights).gradients[AUTOGRAD][name]
-        self.bench.scale = scale
-        found = self.points[1].gradients[AUTOGRAD][name]
-        return scale != 1 and largest(one) > 0 and alike(found, one / scale)
+        scale, found = self.bench.scale, self.points[1].gradients[AUTOGRAD][name]
+        if scale == 1:
+            return False
+        self.bench.scale = 1.0
+        try:
+            one = self.bench.measure(self.points[1].weights).gradients[AUTOGRAD][name]
+        finally:
+            self.bench.scale = scale
+        return largest(one) > 0 and alike(found, one / scale)
 
     def _truth(self, point: Point, name: str) -> Slope:
         """Return the function of a direction that returns the right slope, and its uncertainty."""

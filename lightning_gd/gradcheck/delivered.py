@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_gd.gradcheck.bench import SCALE, Loss, Weights
 from lightning_gd.gradcheck.diagnosis import first_line, largest, name_factor, name_reduction, ratio
-from lightning_gd.gradcheck.report import GradientReport, ParameterReport
+from lightning_gd.gradcheck.report import GradientReport, NoLoss, ParameterReport
 from lightning_gd.gradcheck.twin import RandomState, converted, isolated, shaken, torch_states, twin
 
 SHAKES = 4  # times that weights and rows are changed in their last digit
@@ -148,8 +148,13 @@ def _gradients(
             if part.state is not None:
                 part.state.restore()
             before = torch_states()
-            with delivery.precision() if own else nullcontext():  # backward is outside of it
-                loss = part.loss(copied, batch)
+            try:
+                with delivery.precision() if own else nullcontext():  # backward is outside of it
+                    loss = part.loss(copied, batch)
+            except NoLoss:  # Lightning makes no backward pass
+                flat[-1] = part.weight
+                rows.append(flat)
+                continue
             loss = part.scaled(loss)
             scale = loss.new_full(loss.shape, SCALE)  # as in the check of the formula
             found = torch.autograd.grad(loss, trained, scale, materialize_grads=True)

@@ -14,7 +14,10 @@ CUT = (
     "autograd differs from differences of loss: "
     "part of loss is cut off the graph (detach, no_grad, item)"
 )
-IGNORED = "grad_output is taken as 1: a scaled loss, as of accumulation, has the same gradient"
+IGNORED = (
+    "grad_output is taken as 1: scaling the loss, as accumulation and GradScaler do, does not "
+    "scale this gradient"
+)
 FACTORS = {1.0: "", 2.0: "a factor 2 too much", 0.5: "a factor 2 is missing (½)"}
 
 Slope = Callable[[Tensor], tuple[float, float]]  # along a direction, and how uncertain it is

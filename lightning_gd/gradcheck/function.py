@@ -81,7 +81,7 @@ class _Form:
         self.given: Sequence[Any] = ()  # the arguments of the last call
         self.places: list[int] = []  # of the outputs that have a gradient
         self.size, self.numbers = 0.0, 0  # |cotangent| · |output| and numbers in the outputs
-        self.is_short = False  # the outputs are numbers of float32, as of kernels that cast inside
+        self.is_short = False  # all outputs are numbers of float32, as of kernels that cast inside
 
     def loss(self, case: Any, inputs: Any, function: Call | None = None) -> Tensor:
         """Return Σ cotangent · output."""
@@ -114,7 +114,7 @@ class _Form:
         except Exception as error:  # whatever a function raises belongs in the report
             return GradientReport((), f"not supported: {first_line(error)}")
         if dtype == truth == torch.float64 and self.is_short and self.size:
-            return GradientReport((), "not supported: it computes in float32")
+            return GradientReport((), "not supported: its outputs are numbers of float32")
         bench = Bench(model, case.inputs, self.loss, self.state, dtype, self.plain, scale=1.0)
         moved = {name: self._shrunk(value) for name, value in bench.start.items()}
         try:

@@ -8,14 +8,14 @@ MOST_SHOWN = 20  # lines of parameters that are right
 
 
 class GradientError(ValueError):
-    """An explicit gradient is not the gradient of the loss."""
+    """A gradient is not that of the loss, or could not be compared with it."""
 
 
 class NoLoss(ValueError):
-    """There is no loss whose gradient could be compared, or that of the reference is another.
+    """Raised if a model has no finite loss, or if the reference has another value.
 
     Attributes:
-        is_mistake: Whether that is wrong; a step without a loss, or one that diverged, is not.
+        is_mistake: True if the reference differs; False for a missing or non-finite loss.
     """
 
     def __init__(self, text: str, is_mistake: bool = False) -> None:
@@ -49,7 +49,7 @@ class ParameterReport:
     @property
     def verdict(self) -> str:
         """`ok`, `WRONG`, or that nothing could be seen."""
-        right = "ok" if self.tested else "not tested, rounding hides it"
+        right = "ok" if self.tested else "not tested, below rounding"
         return "WRONG" if self.diagnosis else right
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class GradientReport:
     note: str = ""  # on how it was checked
     functions: frozenset[str] = frozenset()  # custom autograd Functions that it passes through
     failure: str = ""  # why nothing was compared
-    is_skipped: bool = False  # that is no mistake: there was no loss, or none that is finite
+    is_skipped: bool = False  # the failure is a missing or non-finite loss, not a mistake
 
     @property
     def ok(self) -> bool:
