@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,11 @@ def assert_mistakes_found(processes, world):
     """Each planted mistake was named on every process, and none where there is none."""
     for found in (process["found mistakes"] for process in processes):
         assert found["nothing"] == found["nothing, by autograd"] == ""
-        assert "sum over the rows instead of the mean" in found["sum for mean"]
+        # On the only row of a process the sum is the mean: there another one finds it.
+        words = (
+            "sum over the rows instead of the mean" if world < 5 else "the mean|on another process"
+        )
+        assert re.search(words, found["sum for mean"])
         if world == 1:
             assert found["no reduction"] == found["times the processes"] == ""
             continue
