@@ -78,7 +78,7 @@ def test_a_kernel_in_a_run(make_trainer, device, reference):
         return check
 
     said = pytest.warns(
-        UserWarning, match="checked in torch.float32, because the loss rounds by more"
+        UserWarning, match="checked in torch.float32, because the loss has less precision"
     )
     with said if reference else contextlib.nullcontext():
         check = fit(kernels.LayerNorm)

@@ -131,12 +131,12 @@ class Bench:
         if found.numel() != 1:
             return False  # which `measure` refuses
         value = found.item()
-        if abs(value - right) > OTHER * max(abs(value), abs(right)):
+        if abs(value - right) > max(OTHER, self.rounding) * max(abs(value), abs(right)):
             raise NoLoss(f"it is {value:.9g}, and reference= returns {right:.9g}", is_mistake=True)
         return self._differ(value, right)
 
     def _differ(self, one: float, other: float) -> bool:
-        return abs(one - other) > min(self.rounding, 1e-3) * max(abs(one), abs(other))
+        return abs(one - other) > min(self.rounding, OTHER) * max(abs(one), abs(other))
 
     @torch.no_grad()
     def formula(self, method: str, weights: Weights) -> Weights:

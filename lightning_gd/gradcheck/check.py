@@ -38,7 +38,8 @@ def check_gradients(
     numbers per row and H the largest dimension of a parameter count the terms of the sums. Where
     the loss has a kink, every slope between the one-sided ones is right. This is asked at the given
     weights and after a random step, since a gradient can vanish at zeros or at an optimum, where
-    any multiple of it is right. What the model raises is in the report.
+    any multiple of it is right. If the model raises or has no finite loss, `failure` of the report
+    says why.
 
     Args:
         model: With `loss(*batch)`, a mean over rows, and `gradients(*batch)`; or any
@@ -89,13 +90,13 @@ def check_formula(
     Briefly, a formula that equals autograd through plain operations is right.
     """
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
-    raised = ""
+    raised = short = ""
     for dtype in dict.fromkeys([torch.float64, own]):
         with isolated(dtype):
             bench = Bench(model, batch, loss, state, dtype, reference, fresh=not explicit)
             try:
                 if reference and bench.is_less_precise() and dtype != own:
-                    raised = "the loss rounds by more"
+                    short = f"the loss has less precision than {dtype}"
                     continue
                 comparison = Comparison(bench, explicit)
                 report = (briefly and comparison.brief_report()) or comparison.report()
@@ -105,6 +106,7 @@ def check_formula(
             except Exception as error:  # whatever a model raises belongs in the report
                 raised = raised or f"{bench.called} raised {type(error).__name__}: {error}"
             else:
-                notes = [f"checked in {dtype}, because {raised}"] if raised else []
+                why = raised or short
+                notes = [f"checked in {dtype}, because {why}"] if why else []
                 return replace(report, note="; ".join([*notes, *sorted(bench.changed)]))
     return GradientReport((), failure=raised)
