@@ -43,7 +43,8 @@ class GradientCheck(Callback):
 
     The largest relative error is logged as `verify/<parameter>`; nothing else in the run
     changes. `checks` counts the checks of this fit, `tested` those that found the gradient of
-    each parameter above rounding; `summary` says both in a line.
+    each parameter above rounding, `wrong` those that found a mistake in it, `skipped` the updates
+    without a finite loss; `summary` says all in a line.
 
     Args:
         every_n_updates: Updates from one check to the next.

@@ -1,7 +1,7 @@
 """The mistakes: what is wrong, where, at which update it is seen, and by which words."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,14 +34,13 @@ class Mistake:
     at: str = ""  # the Function it is in
     change: Callable[[Any], dict[str, Tensor | None]] | None = None
     module: Callable[..., Any] | None = None  # instead of that of the kind
-    settings: dict[str, Any] = field(default_factory=dict)  # of the module
     batches: Callable[[list[Any]], list[Any]] = list  # what is done to those of the kind
     callback: type[Callback] | None = None
     precision: str = "32-true"
 
     def build(self) -> Any:
         """Return the module with the mistake."""
-        module = (self.module or KINDS[self.kind].module)(**self.settings)
+        module = (self.module or KINDS[self.kind].module)()
         module.plant = self.plant()
         return module
 
