@@ -19,7 +19,7 @@ from lightning_gd.distributed import reduce_sum
 from lightning_gd.gradcheck.bench import Loss, Weights
 from lightning_gd.gradcheck.check import loss_of_step
 from lightning_gd.gradcheck.delivered import Delivery, Part
-from lightning_gd.gradcheck.twin import RandomState, converted, isolated, torch_states, twin
+from lightning_gd.gradcheck.twin import RandomState, converted, eager, torch_states, twin
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.moments import MomentsBatch
 
@@ -150,7 +150,7 @@ def not_a_mean(model: nn.Module, batch: Any) -> str:
         return ""
     cut = rows - rows // 3
     parts = [content, *(take_rows(content, part) for part in (slice(cut), slice(cut, None)))]
-    with isolated(torch.get_default_dtype()), torch.no_grad():
+    with eager(torch.get_default_dtype()), torch.no_grad():
         before = torch_states()
         losses = [float(own_loss(copied, part)) for part in parts]
         drawn = not all(map(torch.equal, before, torch_states()))

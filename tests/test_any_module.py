@@ -20,6 +20,7 @@ from any_modules import (
 )
 from lightning.pytorch.demos.boring_classes import ManualOptimBoringModel
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lightning_gd import GradientCheck, GradientError, check_gradients
@@ -151,6 +152,28 @@ def test_other_precisions_pass(make_trainer, name, precision):
     spoil(module, layer)
     with pytest.raises(GradientError, match="passes through Doubled"):
         fit(make_trainer, module, batches, precision=precision)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("name", ["metrics", "tasks", "tied", "VAE", "transformer"])
+def test_float16_with_its_scaler(make_trainer, name, accumulated):
+    """On a CPU Lightning turns 16-mixed into bf16-mixed, unless it is given the plugin."""
+
+    def fit_short(module, batches):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # updates overflow at first
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        settings = {"accumulate_grad_batches": accumulated, "max_steps": 40, "plugins": plugin}
+        check = GradientCheck(every_n_updates=2)
+        fit(make_trainer, module, batches, check, precision=None, **settings)
+        assert scaler.get_scale() < 2.0**24
+        return check
+
+    module, batches, layer = built(name)
+    check = fit_short(module, batches)
+    assert check.checks and any(check.tested.values())
+    spoil(module, layer)
+    with pytest.raises(GradientError, match=f"{layer}.*; it passes through Doubled"):
+        fit_short(module, batches)
 
 
 @pytest.mark.slow

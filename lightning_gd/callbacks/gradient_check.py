@@ -18,7 +18,7 @@ from lightning_gd.distributed import world_size
 from lightning_gd.gradcheck.check import check_formula
 from lightning_gd.gradcheck.delivered import Part, check_delivered
 from lightning_gd.gradcheck.report import GradientError, GradientReport, ParameterReport
-from lightning_gd.gradcheck.twin import RandomState, converted, twin
+from lightning_gd.gradcheck.twin import RandomState, converted, same_randomness, twin
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import one_of, whole_number
 
@@ -183,7 +183,7 @@ class GradientCheck(Callback):
             return
         update = Update(trainer, module, self.loss, self.reference, optimizer)
         agreed = partial(agree, device=module.device)
-        with muted(trainer):
+        with muted(trainer), same_randomness():
             before, parts = self._as_it_was(module), self._parts(update)
             report, trusted = self._formula(update, before, parts)
             is_skipped = not agreed(not report.is_skipped)

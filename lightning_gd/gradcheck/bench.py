@@ -92,6 +92,7 @@ class Bench:
         self._state.restore()
         self._place(weights)
         loss = self._watched(self._loss, "loss")
+        self.draws = self.draws or not self._state.is_present()
         if loss.numel() != 1:
             raise ValueError(f"it has shape {list(loss.shape)}, and a loss is one number")
         if not loss.isfinite():
@@ -217,12 +218,15 @@ class Bench:
             return {**self.start, **{n: self.start[n] + length * v for n, v in way.items()}}
 
         short, long = -1, len(LENGTHS)  # of which the one is too short, the other long enough
+        is_finite = True  # at the longer one
         while long - short > 1:
             middle = (short + long) // 2
-            enough = not abs(self.loss(after(LENGTHS[middle])) - loss) < wanted  # also nan
-            short, long = (short, middle) if enough else (middle, long)
-        found = after(LENGTHS[min(long, len(LENGTHS) - 1)])
-        return found if short < 0 or math.isfinite(self.loss(found)) else after(LENGTHS[short])
+            change = abs(self.loss(after(LENGTHS[middle])) - loss)
+            if change < wanted:
+                short = middle
+            else:  # also nan
+                long, is_finite = middle, math.isfinite(change)
+        return after(LENGTHS[min(long, len(LENGTHS) - 1) if is_finite or short < 0 else short])
 
     def random(self, like: Tensor) -> Tensor:
         """Return normal random numbers in the shape of a parameter."""
@@ -246,10 +250,9 @@ class Bench:
             self.parameters[name].data = value
 
     def _watched(self, function: Loss, name: str) -> Any:
-        """Call a function, and note what it changes in place, and whether it draws."""
+        """Call a function, and note what it changes in place."""
         before = {n: p.detach().clone() for n, p in self.parameters.items()}
         found = self._call(function, name)
-        self.draws = self.draws or not self._state.is_present()
         changed = {n: value for n, value in before.items() if not same(self.parameters[n], value)}
         given, kept = list(tensors(self._given)), list(tensors(self.batch))
         if len(given) != len(kept) or not all(map(same, given, kept)):

@@ -13,7 +13,7 @@ from lightning_gd.batch import call
 from lightning_gd.gradcheck.bench import Bench, Loss
 from lightning_gd.gradcheck.comparison import Comparison
 from lightning_gd.gradcheck.report import GradientReport, NoLoss
-from lightning_gd.gradcheck.twin import RandomState, isolated
+from lightning_gd.gradcheck.twin import RandomState, eager, same_randomness
 
 
 def check_gradients(
@@ -52,7 +52,8 @@ def check_gradients(
     content = batch[0] if len(batch) == 1 else batch
     explicit = loss is None and callable(getattr(model, "gradients", None))
     state = RandomState.seeded(seed)
-    return check_formula(model, content, loss or loss_of(model), state, explicit, reference)
+    with same_randomness():
+        return check_formula(model, content, loss or loss_of(model), state, explicit, reference)
 
 
 def loss_of(model: nn.Module) -> Loss:
@@ -92,7 +93,7 @@ def check_formula(
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
     raised = short = ""
     for dtype in dict.fromkeys([torch.float64, own]):
-        with isolated(dtype):
+        with eager(dtype):
             bench = Bench(model, batch, loss, state, dtype, reference, fresh=not explicit)
             try:
                 if reference and bench.is_less_precise() and dtype != own:

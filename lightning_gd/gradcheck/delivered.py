@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_gd.gradcheck.bench import SCALE, Loss, Weights
 from lightning_gd.gradcheck.diagnosis import first_line, largest, name_factor, name_reduction, ratio
 from lightning_gd.gradcheck.report import GradientReport, NoLoss, ParameterReport
-from lightning_gd.gradcheck.twin import RandomState, converted, isolated, shaken, torch_states, twin
+from lightning_gd.gradcheck.twin import RandomState, converted, eager, shaken, torch_states, twin
 
 SHAKES = 4  # times that weights and rows are changed in their last digit
 # Errors of sums that are rounded at every step, in units of what one rounding of the weights and
@@ -111,7 +111,7 @@ def _local(
     """Return the local gradients, and those near them, and why they cannot be had in float64."""
     sums, drawn = [], False
     for shake in range(shakes + 1):
-        with isolated(dtype):
+        with eager(dtype):
             try:
                 found, draws = _gradients(model, delivery, dtype, shake)
             except Exception as error:

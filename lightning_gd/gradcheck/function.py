@@ -17,7 +17,14 @@ from lightning_gd.gradcheck.comparison import Comparison
 from lightning_gd.gradcheck.delivered import compared, explained
 from lightning_gd.gradcheck.diagnosis import alike, first_line, largest, unfit
 from lightning_gd.gradcheck.report import FunctionReport, GradientReport, ParameterReport
-from lightning_gd.gradcheck.twin import RandomState, converted, isolated, shaken, twin
+from lightning_gd.gradcheck.twin import (
+    RandomState,
+    converted,
+    eager,
+    same_randomness,
+    shaken,
+    twin,
+)
 from lightning_gd.gradcheck.vmapped import check_vmap, claims_vmap, tuple_of
 
 SHAKES = 16  # of the inputs, so that ties fall either way
@@ -52,7 +59,7 @@ def check_function(
     slots = [i for i in floating if inputs[i].requires_grad] or floating
     if not slots:
         raise ValueError("no input is a tensor of floating-point numbers")
-    with isolated(torch.get_default_dtype()):
+    with same_randomness(), eager(torch.get_default_dtype()):
         form, given = _Form(function, reference, seed), Case(inputs, slots)
         found: dict[str, GradientReport] = {}
         for longest in (torch.float64, torch.float32, inputs[slots[0]].dtype):

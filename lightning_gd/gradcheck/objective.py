@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_gd.gradcheck.delivered import SHAKES, compared, explained
 from lightning_gd.gradcheck.diagnosis import unfit
 from lightning_gd.gradcheck.report import FunctionReport, GradientReport, ParameterReport
-from lightning_gd.gradcheck.twin import isolated, shaken
+from lightning_gd.gradcheck.twin import eager, same_randomness, shaken
 
 
 def check_objective(
@@ -30,7 +30,7 @@ def check_objective(
     found = [torch.as_tensor(values) for values in objective(prediction, target)]
     dtypes = found[0].dtype, torch.as_tensor(prediction).dtype
     eps, random = max(torch.finfo(d).eps for d in dtypes), torch.Generator().manual_seed(0)
-    with isolated(torch.get_default_dtype()):
+    with same_randomness(), eager(torch.get_default_dtype()):
         shakes = [points, *(shaken(points, eps, random) for _ in range(SHAKES))]
         near = [_derivatives(loss, values, labels) for values in shakes]
     reports = []

@@ -32,12 +32,10 @@ class RandomState(NamedTuple):
 
     @classmethod
     def seeded(cls, seed: int) -> "RandomState":
-        """Return the state after a seed; the present one stays."""
+        """Return torch's state after a seed, and those of Python and NumPy after the seed 0."""
         gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
         torch_ones = (torch.Generator(device).manual_seed(seed) for device in ("cpu", *gpus))
-        numpy = np.random.RandomState(seed % 2**32)
-        states = [generator.get_state() for generator in torch_ones]
-        return cls(states, random.Random(seed).getstate(), numpy.get_state())
+        return cls([generator.get_state() for generator in torch_ones], *_FIRST)
 
     def restore(self) -> None:
         """Continue from this state."""
@@ -51,6 +49,9 @@ class RandomState(NamedTuple):
         now = RandomState.now()
         same = all(map(torch.equal, now.torch, self.torch)) and now.python == self.python
         return same and all(map(np.array_equal, now.numpy, self.numpy))
+
+
+_FIRST = random.Random(0).getstate(), np.random.RandomState(0).get_state()
 
 
 class Attributes:
@@ -148,12 +149,22 @@ def shaken(content: Any, eps: float, source: torch.Generator) -> Any:
 
 
 @contextmanager
-def isolated(dtype: torch.dtype) -> Iterator[None]:
-    """Let autograd work inside a `with` block, eagerly, without a trace in the random state.
+def same_randomness() -> Iterator[None]:
+    """Leave the random state after a `with` block as it was before."""
+    state = RandomState.now()
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+@contextmanager
+def eager(dtype: torch.dtype) -> Iterator[None]:
+    """Let autograd work inside a `with` block, without autocast and compilation.
 
     New tensors are of that dtype, as Lightning has it in each precision.
     """
-    usual, state = torch.get_default_dtype(), RandomState.now()
+    usual = torch.get_default_dtype()
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -166,4 +177,3 @@ def isolated(dtype: torch.dtype) -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(usual)
-            state.restore()

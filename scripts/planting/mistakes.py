@@ -368,7 +368,7 @@ MISTAKES = [
         "wrong only for |r| > 1", 0, UNNAMED, change=lambda d: {"bias": d.r.sum(0) / d.r.numel()}
     ),
     _formula("transposed", 0, "transposed", change=lambda d: {"weight": d.weight.T}),
-    _formula("noise of 1e-4", 0, UNNAMED, change=_noise("weight")),
+    _formula("noise of 1e-4", 0, "stale: a second call", change=_noise("weight")),
     _formula(
         "kept from the first batch (stale)",
         0,
