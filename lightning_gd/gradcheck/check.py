@@ -1,7 +1,7 @@
 """Compares gradients, by a formula and by autograd, with differences of the loss."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -65,16 +65,19 @@ def loss_of(model: nn.Module) -> Loss:
 
 def loss_of_step(model: Any, batch: Any, batch_idx: int) -> Tensor:
     """Return the loss of a `training_step` of a LightningModule."""
-    if is_param_in_hook_signature(model.training_step, "batch_idx", min_args=2):
-        found = model.training_step(batch, batch_idx)
-    else:
-        found = model.training_step(batch)
+    indexed = _takes_index(type(model).training_step)
+    found = model.training_step(batch, batch_idx) if indexed else model.training_step(batch)
     found = found["loss"] if isinstance(found, dict) else found
     if found is None:
         raise NoLoss("training_step returned None")
     if not isinstance(found, Tensor):
         raise TypeError(f"training_step returned {found!r} and no loss: give loss=")
     return found
+
+
+@cache
+def _takes_index(training_step: Any) -> bool:
+    return is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
 
 
 def check_formula(

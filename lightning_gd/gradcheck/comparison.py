@@ -22,7 +22,7 @@ from lightning_gd.gradcheck.diagnosis import (
 )
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
 
-FEW, GROUPS = 8, 2  # more parameters than so many are asked together, in so many groups
+GROUPS = 2  # of parameters that are asked together after the step
 ROUGH = 1e-4  # of the slope: an uncertainty of this size is no reason for further calls
 CANCELLED = 64  # eps of the larger loss: what is left of it in one that almost vanishes
 MOST_NAMED = 8  # wrong parameters that are looked at further
@@ -223,5 +223,5 @@ def _clarity(report: ParameterReport) -> float:
 
 
 def _groups(names: Sequence[str], count: int) -> list[list[str]]:
-    size = 1 if len(names) <= FEW and count > 1 else max(1, -(-len(names) // count))
+    size = max(1, -(-len(names) // count))
     return [list(names[i : i + size]) for i in range(0, len(names), size)]

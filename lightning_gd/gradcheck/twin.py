@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from lightning_gd.batch import tensors
 
 SILENT = ("log", "log_dict", "print")  # methods of a copy that do nothing
 FRAME = vars(LightningModule()).keys() - {"training"}  # attributes of every module
+PLAIN = (bool, int, float, str, type(None), FunctionType)  # what is the same in every copy
 
 
 class RandomState(NamedTuple):
@@ -61,15 +63,18 @@ class Attributes:
         self._modules = list(model.modules())
         shared = [*self._modules, *model.parameters(), *model.buffers(), trainer_of(model)]
         self._memo: dict[int, Any] = {id(value): value for value in shared}
-        self._kept = copy.deepcopy(list(map(own_attributes, self._modules)), dict(self._memo))
+        present = list(map(own_attributes, self._modules))
+        self._plain = [{n: v for n, v in a.items() if type(v) in PLAIN} for a in present]
+        rest = [{n: a[n] for n in a.keys() - p} for a, p in zip(present, self._plain, strict=True)]
+        self._kept = copy.deepcopy(rest, dict(self._memo))
 
     def restore(self) -> None:
         """Give the modules what they had at first."""
-        kept = copy.deepcopy(self._kept, dict(self._memo))
-        for module, values in zip(self._modules, kept, strict=True):
-            for name in own_attributes(module).keys() - values.keys():
+        kept = copy.deepcopy(self._kept, dict(self._memo)) if any(self._kept) else self._kept
+        for module, plain, values in zip(self._modules, self._plain, kept, strict=True):
+            for name in own_attributes(module).keys() - plain.keys() - values.keys():
                 delattr(module, name)
-            vars(module).update(values)
+            vars(module).update(plain, **values)
 
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
@@ -142,8 +147,10 @@ def shaken(content: Any, eps: float, source: torch.Generator) -> Any:
     def shake(values: Tensor) -> Tensor:
         if not values.is_floating_point():
             return values
-        each = torch.randn(values.shape, generator=source) + torch.randn((), generator=source)
-        return values * (1 + eps * each.to(values))
+        each, all_of_it = (
+            torch.randn(shape, generator=source, dtype=torch.float32) for shape in (values.shape, ())
+        )
+        return values * (1 + eps * (each + all_of_it).to(values))
 
     return apply_to_collection(content, Tensor, shake)
 
