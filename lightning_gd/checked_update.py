@@ -109,7 +109,8 @@ class Update:
             return means.sum(0) / self.trainer.accumulate_grad_batches
         total = reduce_sum(sums.sum(0))
         flat = total[:-1] / (total[-1] or 1.0)  # p.grad is already clipped; zero without rows
-        self.module.clip([SimpleNamespace(grad=piece) for piece in flat.split(sizes)])
+        if self.module.hparams["gradient_clip_val"] is not None:
+            self.module.clip([SimpleNamespace(grad=piece) for piece in flat.split(sizes)])
         return flat
 
     def _compare_rows(self, sums: Tensor) -> None:

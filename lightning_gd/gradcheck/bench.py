@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from lightning_gd.batch import call, count_rows, tensors
 from lightning_gd.gradcheck.diagnosis import functions_behind, largest
 from lightning_gd.gradcheck.report import NoLoss
-from lightning_gd.gradcheck.twin import Attributes, RandomState, converted, shaken, twin
+from lightning_gd.gradcheck.twin import (
+    Attributes,
+    RandomState,
+    converted,
+    plain_attributes,
+    shaken,
+    twin,
+)
 
 # Rounding per term of a sum, relative to the gradient. Terms that cancel are larger than it: 16 eps
 # were exceeded by 3 of 19,000 random models. Mistakes are 1e-3 and more.
@@ -69,15 +76,12 @@ class Bench:
         self.model, self.dtype, self.scale = twin(model, dtype), dtype, scale
         self.batch = converted(batch, dtype)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
-        self.trained = [name for name, p in self.parameters.items() if p.requires_grad]
-        self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.called, self.changed = "", set[str]()  # last, and what is changed in place by what
         self.functions: dict[str, set[str]] = {}  # custom autograd Functions behind each parameter
-        self._loss, self._reference, self._state = loss, reference or loss, state
-        self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self._loss, self._reference = loss, reference or loss
         self.attributes = Attributes(self.model) if fresh else None
-        self.draws = False  # random numbers, so that every call needs the state
-        self._random = torch.Generator().manual_seed(int(state.torch[0].long().sum()))
+        self.draws: bool | None = None  # random numbers, so that every call needs the state
+        self._take(model, state)
         self.model.requires_grad_()
         self.rows = count_rows(self.batch) or 1
         numbers = sum(t.numel() for t in tensors(self.batch)) // self.rows
@@ -87,12 +91,33 @@ class Bench:
         # Of differences: the error of the formula and the rounding of the loss are alike there.
         self.steps = [self.eps ** (1 / 3) * factor for factor in (1, 1 / 16, 16)]
 
+    def take(self, model: nn.Module, batch: Any, state: RandomState) -> None:
+        """Go on from the present state of the model, with another batch.
+
+        Of its attributes only numbers and texts are taken.
+        """
+        for own, other in zip(self.model.modules(), model.modules(), strict=True):
+            vars(own).update(plain_attributes(other))
+        self._take(model, state)
+        self.batch = converted(batch, self.dtype)
+
+    def _take(self, model: nn.Module, state: RandomState) -> None:
+        named = dict(model.named_parameters())
+        self.trained = [name for name, p in named.items() if p.requires_grad]
+        self.start = {n: p.detach().to(self.parameters[n], copy=True) for n, p in named.items()}
+        buffers = zip(self.model.buffers(), model.buffers(), strict=True)
+        self._buffers = [(own, other.detach().to(own, copy=True)) for own, other in buffers]
+        self._state = state
+        self._random = torch.Generator().manual_seed(int(state.torch[0].long().sum()))
+
     def measure(self, weights: Weights, method: str | None = None) -> Point:
         """Return the loss, its gradient by autograd, and that of the formula of a method."""
-        self._state.restore()
+        if self.draws is None:  # later every call that needs it restores it
+            self._state.restore()
         self._place(weights)
         loss = self._watched(self._loss, "loss")
-        self.draws = self.draws or not self._state.is_present()
+        if self.draws is None:
+            self.draws = not self._state.is_present()
         if loss.numel() != 1:
             raise ValueError(f"it has shape {list(loss.shape)}, and a loss is one number")
         if not loss.isfinite():

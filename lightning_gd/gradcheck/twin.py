@@ -17,7 +17,7 @@ from lightning_gd.batch import tensors
 
 SILENT = ("log", "log_dict", "print")  # methods of a copy that do nothing
 FRAME = vars(LightningModule()).keys() - {"training"}  # attributes of every module
-PLAIN = (bool, int, float, str, type(None), FunctionType)  # what is the same in every copy
+PLAIN = (bool, int, float, str, type(None), FunctionType)
 
 
 class RandomState(NamedTuple):
@@ -64,7 +64,7 @@ class Attributes:
         shared = [*self._modules, *model.parameters(), *model.buffers(), trainer_of(model)]
         self._memo: dict[int, Any] = {id(value): value for value in shared}
         present = list(map(own_attributes, self._modules))
-        self._plain = [{n: v for n, v in a.items() if type(v) in PLAIN} for a in present]
+        self._plain = list(map(plain_attributes, self._modules))
         rest = [{n: a[n] for n in a.keys() - p} for a, p in zip(present, self._plain, strict=True)]
         self._kept = copy.deepcopy(rest, dict(self._memo))
 
@@ -80,6 +80,11 @@ class Attributes:
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module that are no parameters, buffers, modules or hooks."""
     return {name: value for name, value in vars(module).items() if name not in FRAME}
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return those of them that nothing can change but an assignment."""
+    return {name: v for name, v in own_attributes(module).items() if type(v) in PLAIN}
 
 
 def torch_states() -> list[Tensor]:
@@ -148,7 +153,8 @@ def shaken(content: Any, eps: float, source: torch.Generator) -> Any:
         if not values.is_floating_point():
             return values
         each, all_of_it = (
-            torch.randn(shape, generator=source, dtype=torch.float32) for shape in (values.shape, ())
+            torch.randn(shape, generator=source, dtype=torch.float32)
+            for shape in (values.shape, ())
         )
         return values * (1 + eps * (each + all_of_it).to(values))
 

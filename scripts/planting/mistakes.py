@@ -244,7 +244,7 @@ MISTAKES = [
     ),
     _line("off by one row", 0, UNNAMED, change=lambda d: {"dw": d.g.T @ d.x.roll(1, 0)}),
     _line("transposed square weight", 0, "transposed", change=lambda d: {"dw": d.dw.T}),
-    _line("noise of 1e-4", 0, UNNAMED, change=_noise("dw")),
+    _line("noise of 1e-4", 0, "stale: a second call", change=_noise("dw")),
     _line("the batch before (stale)", 1, "stale: a second call", change=_previous),
     _line("kept from the first batch (stale)", 1, UNNAMED, change=_first),
     _line("cancellation in float32", 0, UNNAMED, change=_far_origin),
