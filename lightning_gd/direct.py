@@ -11,11 +11,16 @@ from torch.nn import Parameter
 from torch.optim import SGD
 from torch.optim.sgd import sgd
 
+from lightning_gd.batch import DataBatch, as_batch, tensors
 from lightning_gd.configured import ConfiguredModule
+from lightning_gd.distributed import world_size
 from lightning_gd.hooks import RunHooks
+from lightning_gd.replay import Replay
+from lightning_gd.updates import in_order
 
 OPTIONS = ("weight_decay", "momentum", "dampening", "nesterov", "maximize")
 KEPT = 2**20  # numbers of gradients kept until their norms are computed together
+RECORDED = ("cuda",)  # devices with graphs
 
 
 def obstacle(module: ConfiguredModule, optimizer: Any) -> str:
@@ -56,18 +61,21 @@ class UpdatesOfStep:
 
     The first is Lightning's `optimizer.step()`. The others call a callback only if its method
     `looks_at(step)` wants this update, and torch's functional `sgd` on the state of the optimizer:
-    the same operations in the same order. Where there is an `obstacle`, all are Lightning's.
+    the same operations in the same order. Where there is an `obstacle`, all are Lightning's. A
+    callback whose `reads_gradients` is False is called before a CUDA graph, too.
     """
 
     def __init__(
-        self, module: ConfiguredModule, optimizer: Any, trained: list[Parameter], count: int
+        self, module: ConfiguredModule, optimizer: Any, trained: dict[str, Parameter], count: int
     ) -> None:
-        self.module, self.optimizer, self.trained = module, optimizer, trained
+        self.module, self.optimizer, self.trained = module, optimizer, list(trained.values())
+        self._named, self._count = trained, count
         if count > 1:  # the last step of an epoch may have one, which says nothing of the others
             module.not_direct = obstacle(module, optimizer)
         self._is_direct = count > 1 and not module.not_direct
         self._together = module.hparams["gradient_clip_val"] is None  # else each norm is used
         self._first, self._lrs = -1, []  # `global_step` before the first direct update
+        self._is_recorded, self._begun = False, set[Any]()  # by CUDA graphs; those of this step
         self._gradients: list[list[Tensor]] = []  # whose norms are not known yet
         self._norms: list[Tensor] = []
 
@@ -100,14 +108,55 @@ class UpdatesOfStep:
                 self._compute_norms()
         else:
             self._norms.append(self.module.clip(self.trained)[None])
+        self._call(self._looking())
+        self._step()
+        self._count_update()
+
+    def replays(self, content: Any) -> bool:
+        """Make one update by a CUDA graph of its own operations; False where there can be none."""
+        if not self._is_recorded or not isinstance(batch := as_batch(content), DataBatch):
+            return False
+        looking, rows = self._looking(), batch.rows(self.module)
+        if not rows or any(getattr(c, "reads_gradients", True) for c in looking):
+            return False
+        self._call(looking)
+        replay = self._replay(batch.content)
+        self._compute_norms()
+        replay.make(batch.content)
+        k = replay.made - 1
+        self.module.step_losses.append((replay.losses[k], rows))
+        self._norms.append(replay.norms[k, None])
+        self._count_update()
+        return True
+
+    def _replay(self, content: Any) -> Replay:
+        """Return the recorded update for such a batch; it holds for the same memory and rate."""
+        memory = [*self._values, *(b for b in self._buffers if b is not None)]
+        shapes = tuple((values.shape, values.dtype) for values in tensors(content))
+        key = shapes, self._group["lr"], self._count, tuple(v.data_ptr() for v in memory)
+        kept, module = self.module.replays, self.module
+        if key not in kept:
+
+            def local(content: Any) -> tuple[Tensor, list[Tensor]]:
+                return in_order(module, DataBatch(content), self._named)
+
+            kept[key] = Replay(content, local, self.trained, module.clip, self._step, self._count)
+        if key not in self._begun:
+            self._begun.add(key)
+            kept[key].begin()
+        return kept[key]
+
+    def _looking(self) -> list[Any]:
         step = self._first + len(self._lrs)
-        for callback in self._callbacks:
-            if callback.looks_at(step):
-                callback.on_before_optimizer_step(
-                    self.module.trainer, self.module, self.optimizer.optimizer
-                )
+        return [callback for callback in self._callbacks if callback.looks_at(step)]
+
+    def _call(self, callbacks: list[Any]) -> None:
+        for callback in callbacks:
+            optimizer = self.optimizer.optimizer
+            callback.on_before_optimizer_step(self.module.trainer, self.module, optimizer)
+
+    def _count_update(self) -> None:
         self._lrs.append(self._group["lr"])
-        self._step([p.grad for p in self._group["params"] if p.grad is not None])
         self._progress.increment_ready()  # `global_step`, as Lightning counts it
         self._progress.increment_completed()
 
@@ -126,9 +175,14 @@ class UpdatesOfStep:
         # As in `optimizer.step()`: on the CPU one by one, elsewhere torch decides.
         self._foreach = False if self.module.device.type == "cpu" else None
         self._plain = self._foreach is False and not any(self._options.values())
+        one = world_size() == 1 and self.module.hparams["accumulate_grad_batches"] == 1
+        by_update = any(c.interval == "step" for c in trainer.lr_scheduler_configs)
+        asked = self.module.hparams["cuda_graph"] and self.module.device.type in RECORDED
+        self._is_recorded = asked and one and not by_update
 
-    def _step(self, gradients: list[Tensor]) -> None:
+    def _step(self) -> None:
         lr = self._group["lr"]
+        gradients = [p.grad for p in self._group["params"] if p.grad is not None]
         if self._plain:
             for value, gradient in zip(self._values, gradients, strict=True):
                 value.add_(gradient, alpha=-lr)

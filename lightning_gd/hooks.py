@@ -45,6 +45,7 @@ class RunHooks(Callback):
         self.epoch_loss, self.validation_loss = [0.0, 0.0], None
         self._unchecked, self._loaded_step = {"train", "evaluation", "buffers"}, 0
         pl_module.step_losses, pl_module.not_direct = [], "one update per step"
+        pl_module.replays = {}
         if trainer.precision == "64-true":  # Lightning would load a checkpoint into float32 first
             pl_module.double()
         if stage == "fit":

@@ -11,7 +11,7 @@ from lightning_gd.configured import ConfiguredModule
 from lightning_gd.direct import UpdatesOfStep
 from lightning_gd.distributed import RowMean, reduce_sum, world_size
 from lightning_gd.settings import check_settings
-from lightning_gd.updates import epoch_is_complete, step_plateaus, step_schedulers
+from lightning_gd.updates import epoch_is_complete, in_order, step_plateaus, step_schedulers
 
 Gradients = dict[str, Tensor]
 
@@ -38,6 +38,9 @@ class GradientDescentModule(ConfiguredModule):
         gradient_clip_algorithm: `norm` scales the whole gradient, `value` cuts each entry.
         accumulate_grad_batches: Batches per update in explicit mode: their gradients are summed
             and divided once by all their rows. In autograd mode set the Trainer's.
+        cuda_graph: Replay the updates of a step as CUDA graphs. For explicit mode with SGD on one
+            GPU and `updates_per_step` above 1, without effect elsewhere; `loss_and_gradients` must
+            make the same operations for every batch of a shape, whatever its numbers are.
 
     Raises:
         ValueError: If a setting is out of range, naming it, its value and the accepted form.
@@ -56,6 +59,7 @@ class GradientDescentModule(ConfiguredModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         accumulate_grad_batches: int = 1,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -92,13 +96,14 @@ class GradientDescentModule(ConfiguredModule):
             return self._loss_for_autograd(as_batch(batch))
         batches, left = batches_of(batch), self.trainer.max_steps - self.trainer.global_step
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        updates = UpdatesOfStep(self, self.optimizers(), list(trained.values()), len(batches))
+        updates = UpdatesOfStep(self, self.optimizers(), trained, len(batches))
         self.step_losses = []
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), updates:
             for content, due in zip(batches, self._due(len(batches), batch_idx), strict=True):
-                self._add_local_gradients(as_batch(content), trained)
-                if due:
-                    self._explicit_update(updates)
+                if not updates.replays(content):
+                    self._add_local_gradients(as_batch(content), trained)
+                    if due:
+                        self._explicit_update(updates)
                 if len(self.step_losses) == left:  # max_steps lies within this step
                     break
         if epoch_is_complete(self.trainer):
@@ -116,8 +121,8 @@ class GradientDescentModule(ConfiguredModule):
             like = next(iter(trained.values()))
             self._mean.add([like.new_zeros(()), *map(torch.zeros_like, trained.values())], 0)
             return
-        loss, gradients = batch.loss_and_gradients(self)
-        self._mean.add([loss, *_in_order(gradients, trained, type(self).__name__)], rows)
+        loss, gradients = in_order(self, batch, trained)
+        self._mean.add([loss, *gradients], rows)
 
     @torch.compiler.disable()  # `torch.compile(model)` would compile it anew at each update
     def _explicit_update(self, updates: UpdatesOfStep) -> None:
@@ -178,19 +183,3 @@ def loss_and_autograd(
 def by_autograd(self: GradientDescentModule, *batch: Any, **named: Any) -> Gradients:
     """Return the gradient of `loss` by autograd; `gradients = by_autograd` is a start."""
     return loss_and_autograd(self, *batch, **named)[1]
-
-
-def _in_order(gradients: Gradients, trained: dict[str, Parameter], model: str) -> list[Tensor]:
-    """Return the gradients in the order of the trained parameters, of the shapes of these."""
-    for name, parameter in trained.items():
-        if name not in gradients:
-            raise ValueError(
-                f"the gradients of {model} lack {name!r}: they name {sorted(gradients)}, and the "
-                f"trained parameters are {list(trained)}"
-            )
-        if gradients[name].shape != parameter.shape:
-            raise ValueError(
-                f"the gradient {name!r} of {model} has shape {list(gradients[name].shape)}, and "
-                f"the parameter {list(parameter.shape)}: they must be equal"
-            )
-    return [gradients[name] for name in trained]

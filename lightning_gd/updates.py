@@ -1,4 +1,4 @@
-"""What happens around a single update: its norm, its record, schedulers, divergence."""
+"""What happens around a single update: its gradients, their norm, schedulers, divergence."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,11 +9,34 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_gd.batch import CountsUpdates
+from lightning_gd.batch import Batch, CountsUpdates
 from lightning_gd.evaluation import EvaluatedModule
 from lightning_gd.settings import DivergenceError
 
 STEPPED_HERE = 2**62  # a frequency at which Lightning never steps a scheduler
+
+
+def in_order(
+    module: EvaluatedModule, batch: Batch, trained: dict[str, Parameter]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss, and the gradients in the order of the trained parameters.
+
+    Raises:
+        ValueError: If one is missing, or has another shape than its parameter.
+    """
+    (loss, gradients), model = batch.loss_and_gradients(module), type(module).__name__
+    for name, parameter in trained.items():
+        if name not in gradients:
+            raise ValueError(
+                f"the gradients of {model} lack {name!r}: they name {sorted(gradients)}, and the "
+                f"trained parameters are {list(trained)}"
+            )
+        if gradients[name].shape != parameter.shape:
+            raise ValueError(
+                f"the gradient {name!r} of {model} has shape {list(gradients[name].shape)}, and "
+                f"the parameter {list(parameter.shape)}: they must be equal"
+            )
+    return loss, [gradients[name] for name in trained]
 
 
 def gradient_norm(parameters: Iterable[Parameter]) -> Tensor:

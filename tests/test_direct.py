@@ -97,6 +97,30 @@ def test_several_layers_of_any_shape(make_trainer):
     assert ends[0] == ends[1]
 
 
+@pytest.fixture
+def replayed(monkeypatch):
+    """Updates that a GPU would replay, made by the CPU: the same calls on the same memory."""
+    monkeypatch.setattr("lightning_gd.direct.RECORDED", ("cpu",))
+    monkeypatch.setattr("lightning_gd.replay.recorded", lambda update, warm: update)
+
+
+REPLAYED = [name for name in CASES if name not in ("accumulation", "moments")]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_replayed_update_is_that_of_the_optimizer(make_trainer, replayed, name):
+    settings, data = CASES[name]
+    check = GradientCheck()  # of an update that is not replayed
+    found, model = trained(make_trainer, {**settings, "cuda_graph": True}, data, check)
+    usual, _ = trained(make_trainer, settings, data, GradientCheck())
+    by_update = settings.get("scheduler_interval") == "update"
+    assert bool(model.replays) == (name in REPLAYED and not by_update)
+    norms = [run["curves"].pop("update/gradient_norm") for run in (found, usual)]
+    assert norms[0][0] == norms[1][0]
+    assert norms[0][1] == pytest.approx(norms[1][1], rel=4 * torch.finfo().eps, abs=0)
+    assert found == usual
+
+
 class Fails(Callback):
     def looks_at(self, step):
         return True

@@ -7,12 +7,13 @@ import pytest
 import torch
 import worlds
 from any_modules import spoil
-from conftest import run, trainer_words
+from conftest import fit, run, trainer_words
 from test_any_module import NAMES, built
 from test_any_module import fit as fit_any
+from test_direct import CASES, trained
 from test_distributed import assert_mistakes_found, assert_parted, assert_same, ends_in_processes
 
-from lightning_gd import GradientError
+from lightning_gd import GradientError, LinearRegression
 
 FOUND = torch.cuda.device_count()
 pytestmark = [
@@ -66,6 +67,30 @@ def test_the_default_experiment_ends_as_on_the_cpu(tmp_path, mode):
         found.append([float(value) for value in re.findall(r"(?:train|test)/loss +(\S+)", out)])
     # float32: sums over 2,000 rows and 784 pixels in another order, 1e-7 each, over 100 updates
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_replayed_update_is_that_of_the_optimizer(make_trainer, name):
+    settings, data = CASES[name]
+    gpu = {"accelerator": "gpu", "precision": "32-true"}
+    found, model = trained(make_trainer, {**settings, "cuda_graph": True}, data, **gpu)
+    usual, _ = trained(make_trainer, settings, data, **gpu)
+    by_update = settings.get("scheduler_interval") == "update"
+    assert bool(model.replays) == (name not in ("accumulation", "moments") and not by_update)
+    for left in (found, usual):  # Euclidean norms that are added up in another order
+        left["curves"].pop("update/gradient_norm")
+    assert found == usual
+
+
+class Waits(LinearRegression):
+    def gradients(self, x, y):
+        return super().gradients(x, y * float(y.isfinite().all()))
+
+
+def test_what_cannot_be_recorded_is_named(make_trainer):
+    trainer = make_trainer(accelerator="gpu", precision="32-true", max_steps=40)
+    with pytest.raises(ValueError, match="cannot be recorded .*set --model.cuda_graph false"):
+        fit(trainer, CASES["plain"][1], Waits, num_features=3, cuda_graph=True)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])

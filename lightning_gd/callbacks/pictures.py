@@ -45,6 +45,8 @@ class Pictures(Callback):
         animation: Also write a GIF of the moving path, the loss and the fit.
     """
 
+    reads_gradients = False  # only weights
+
     def __init__(
         self, worst: int = 20, surface: bool | Literal["auto"] = "auto", animation: bool = False
     ) -> None:

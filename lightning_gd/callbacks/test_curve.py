@@ -31,6 +31,8 @@ class TestCurve(Callback):
 
     __test__ = False  # tells pytest that this is no test
 
+    reads_gradients = False  # only weights
+
     def __init__(self, every_n_updates: int | None = None) -> None:
         whole_number("every_n_updates", every_n_updates, 1, optional=True)
         self.every_n_updates = every_n_updates

@@ -37,11 +37,18 @@ def warm(data: TensorDataModule) -> None:
         _ = table.use(torch.float32).x
 
 
-def fit(model: Any, data: TensorDataModule, job: Job, *callbacks: Callback, **length: Any) -> Any:
+def fit(
+    model: Any,
+    data: TensorDataModule,
+    job: Job,
+    *callbacks: Callback,
+    accelerator: str = "cpu",
+    **length: Any,
+) -> Any:
     """`Trainer.fit` on the processes that there are; the trained model."""
     processes = world_size()
     Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=processes,
         strategy="ddp" if processes > 1 else "auto",
         logger=RunLogger(tempfile.mkdtemp(dir=job.folder)),
@@ -58,7 +65,8 @@ def fit(model: Any, data: TensorDataModule, job: Job, *callbacks: Callback, **le
 
 def weights(weight: Tensor, bias: Tensor) -> np.ndarray:
     """All weights in float64, shape [D + 1]."""
-    return torch.cat([weight.detach().reshape(-1), bias.detach().reshape(-1)]).double().numpy()
+    flat = torch.cat([weight.detach().reshape(-1), bias.detach().reshape(-1)])
+    return flat.double().cpu().numpy()
 
 
 def training_loss(data: TensorDataModule, weight: Tensor, bias: Tensor) -> np.ndarray:
