@@ -114,9 +114,9 @@ def _check_class(part: str, text: str) -> str:
         if find_spec(module.partition(".")[0]) is None:
             raise UsageError(f"--{part} {text}: there is no module {module.partition('.')[0]!r}")
         return ""
-    known = [name for name in lightning_gd.names() if _derives(name, BASES[part])]
     is_yaml = text.endswith((".yaml", ".yml")) or text.startswith("{")
-    if name not in (*known, BASES[part]) and not is_yaml:
+    if name != BASES[part] and not is_yaml and not _derives(name, BASES[part]):
+        known = [name for name in lightning_gd.names() if _derives(name, BASES[part])]
         own = f"; one of your own is given as module.{part.capitalize()}"
         raise UsageError(unknown(part, name, known, own))
     return name if name in lightning_gd.names() else ""

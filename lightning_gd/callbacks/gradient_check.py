@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from lightning_gd.batch import Updates, batches_of
 from lightning_gd.checked_update import Update, agree, draw, muted, not_a_mean, own_loss
 from lightning_gd.distributed import world_size
-from lightning_gd.gradcheck.check import Repeated, check_formula
+from lightning_gd.gradcheck.check import check_formula
 from lightning_gd.gradcheck.delivered import Part, check_delivered
+from lightning_gd.gradcheck.repeated import Repeated
 from lightning_gd.gradcheck.report import GradientError, GradientReport, ParameterReport
 from lightning_gd.gradcheck.twin import RandomState, converted, same_randomness, twin
 from lightning_gd.module import GradientDescentModule

@@ -109,27 +109,3 @@ def check_formula(
                 notes = [f"checked in {dtype}, because {why}"] if why else []
                 return replace(report, note="; ".join([*notes, *sorted(bench.changed)]))
     return GradientReport((), failure=raised)
-
-
-class Repeated:
-    """Checks of a formula that was found right, on a copy of the model that is kept.
-
-    A formula that equals autograd through plain operations is right; differences are not needed.
-    """
-
-    def __init__(self) -> None:
-        self._bench: Bench | None = None
-
-    def report(
-        self, model: nn.Module, batch: Any, loss: Loss, state: RandomState
-    ) -> GradientReport | None:
-        """Compare the formula with autograd alone; None where that does not tell it right."""
-        try:
-            with eager(torch.float64):
-                if self._bench is None:
-                    self._bench = Bench(model, batch, loss, state, fresh=False)
-                    self._bench.measure(self._bench.start)  # learns whether the loss draws numbers
-                self._bench.take(model, batch, state)
-                return Comparison(self._bench, explicit=True).brief_report()
-        except Exception:  # the check by differences says what it is
-            return None
