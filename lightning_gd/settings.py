@@ -1,6 +1,5 @@
 """Settings of a run: ranges, optimizers and schedulers by name, and what is refused before work."""
 
-import difflib
 import importlib
 import inspect
 import math
@@ -11,6 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_gd.arguments import unknown
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "32", "64", "bf16", "None")
 SEEDS = 2**63  # torch takes no larger seed
@@ -141,11 +142,9 @@ def _find(name: str, home: str, base: type, setting: str) -> Any:
         raise ValueError(f"{setting}={name!r} cannot be imported: {error}") from error
     if isinstance(cls, type) and issubclass(cls, base):
         return cls
-    found = vars(importlib.import_module(home)).items()
-    known = [key for key, cls in found if isinstance(cls, type) and issubclass(cls, base)]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"{setting}={name!r} is none of {home}; {hint}known: {', '.join(known)}")
+    found = {k: cls for k, cls in vars(importlib.import_module(home)).items() if cls is not base}
+    known = [key for key, cls in found.items() if isinstance(cls, type) and issubclass(cls, base)]
+    raise ValueError(unknown(setting, name, known, f" (of {home})"))
 
 
 def _built(setting: str, name: str, cls: type, first: Any, args: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from lightning_gd.gradcheck.check import check_formula
 from lightning_gd.gradcheck.delivered import Part, check_delivered
 from lightning_gd.gradcheck.repeated import Repeated
 from lightning_gd.gradcheck.report import GradientError, GradientReport, ParameterReport
+from lightning_gd.gradcheck.tally import Tally
 from lightning_gd.gradcheck.twin import RandomState, converted, same_randomness, twin
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import one_of, whole_number
@@ -27,7 +28,7 @@ EARLY = (0, 1, 10, 100)  # updates that are always checked
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 
 
-class GradientCheck(Callback):
+class GradientCheck(Tally, Callback):
     """Checks the formula, and the gradient that the optimizer gets, at single updates.
 
     These are the updates 0, 1, 10, 100, every `every_n_updates`, and the last one of `max_steps`.
@@ -80,13 +81,10 @@ class GradientCheck(Callback):
             )
         self.loss, self.reference = loss, reference
         self._sound = False  # differences found the formula right
-        self._begin()
+        super().__init__()
 
-    def _begin(self) -> None:
-        self.checks = 0
-        self.tested: dict[str, int] = {}
-        self.wrong: dict[str, int] = {}
-        self.skipped = 0  # updates due, without a finite loss
+    def begin(self) -> None:
+        super().begin()
         self._repeated = Repeated()
         self._first = -1  # `global_step` before the first of the batches kept
         self._steps: list[tuple[Updates, int, RandomState]] = []  # their index, the state before
@@ -94,18 +92,6 @@ class GradientCheck(Callback):
         self._before: nn.Module | None = None  # the module before the update
         self._said: set[str] = set()
         self._share = 1  # of the optimizers that make an update by hand, one step each
-
-    def summary(self) -> str:
-        """Return one line on the whole fit: how many checks, and what they could not test."""
-        skipped = f", {self.skipped} without a finite loss" if self.skipped else ""
-        if not self.checks:
-            return f"nothing was checked{skipped}"
-        missed = ", ".join(name for name, times in self.tested.items() if not times)
-        names = (f"{name} ({times} of {self.checks})" for name, times in self.wrong.items())
-        wrong = ", ".join(names)
-        found = [f"WRONG: {wrong}"] * bool(wrong) + [f"not tested: {missed}"] * bool(missed)
-        checks = "1 check" if self.checks == 1 else f"{self.checks} checks"
-        return f"{checks}{skipped}, {'; '.join(found) or 'all parameters tested'}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._sound = False
@@ -118,7 +104,7 @@ class GradientCheck(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module that cannot be checked."""
-        self._begin()
+        self.begin()
         name, own = type(pl_module).__name__, isinstance(pl_module, GradientDescentModule)
         given = self.loss if isinstance(self.loss, list) else [self.loss]
         reason = ""
@@ -265,19 +251,7 @@ class GradientCheck(Callback):
     def _record(
         self, trainer: Trainer, module: Any, reports: list[GradientReport], wrong: bool
     ) -> None:
-        self.checks += 1
-        errors: dict[str, float] = {}
-        named = [p.name for report in reports for p in report.parameters if p.diagnosis]
-        if wrong and not named:
-            failed = any(report.failure for report in reports)
-            named = ["nothing was compared" if failed else "on another process"]
-        for name in dict.fromkeys(named):
-            self.wrong[name] = self.wrong.get(name, 0) + 1
-        missed = {p.name for report in reports for p in report.parameters if not p.tested}
-        for p in (parameter for report in reports for parameter in report.parameters):
-            errors[p.name] = max(p.relative_error, errors.get(p.name, 0.0))
-        for name in errors:
-            self.tested[name] = self.tested.get(name, 0) + (name not in missed)
+        errors = self.count(reports, wrong)
         values = {f"verify/{name}": error for name, error in errors.items()}
         if isinstance(module, GradientDescentModule):
             module.curves.record(trainer.global_step, values)

@@ -1,7 +1,7 @@
 """A copy of a model whose loss, gradients and slopes can be asked for at any weights."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,21 +10,20 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_gd.batch import call, count_rows, tensors
-from lightning_gd.gradcheck.diagnosis import functions_behind, largest
+from lightning_gd.gradcheck.diagnosis import functions_behind
 from lightning_gd.gradcheck.report import NoLoss
 from lightning_gd.gradcheck.twin import (
     Attributes,
     RandomState,
     converted,
     plain_attributes,
-    shaken,
+    same,
     twin,
 )
 
 # Rounding per term of a sum, relative to the gradient. Terms that cancel are larger than it: 16 eps
 # were exceeded by 3 of 19,000 random models. Mistakes are 1e-3 and more.
 ROUNDING = 1024
-FARTHEST = 8  # times the size of a parameter, or 1: the longest direction
 LENGTHS = [2.0**power for power in range(-21, 10)]  # tried for a random step
 AGAIN = (
     "when it is asked again for the same batch, weights, buffers and random numbers: "
@@ -108,7 +107,7 @@ class Bench:
         buffers = zip(self.model.buffers(), model.buffers(), strict=True)
         self._buffers = [(own, other.detach().to(own, copy=True)) for own, other in buffers]
         self._state = state
-        self._random = torch.Generator().manual_seed(int(state.torch[0].long().sum()))
+        self.generator = torch.Generator().manual_seed(int(state.torch[0].long().sum()))
 
     def measure(self, weights: Weights, method: str | None = None) -> Point:
         """Return the loss, its gradient by autograd, and that of the formula of a method."""
@@ -179,54 +178,6 @@ class Bench:
         self._place(weights)
         return self._call(self._reference, "loss").item()
 
-    def slope(self, point: Point, way: Weights, exact: float) -> tuple[float, float]:
-        """Return the derivative of the loss along a direction, and how uncertain it is.
-
-        Central differences over two lengths differ by at least the error of the shorter one. The
-        jump of the slope at a kink of the loss is what the one-sided differences over these
-        lengths have in common. Other lengths are tried while the uncertainty is above `exact`.
-
-        Args:
-            point: Where.
-            way: The direction, in which the loss changes by its own size over a length of 1.
-            exact: The uncertainty that is small enough.
-        """
-        best, noise = (math.nan, math.inf), self._noise(point)
-        for step in self.steps:
-            sides = [self._one_sided(point, way, s * step) for s in (-1, 1, -1 / 8, 1 / 8)]
-            left, right, near_left, near_right = sides
-            slope = (near_left + near_right) / 2
-            jump = abs(8 * (near_right - near_left) - (right - left)) / 7
-            doubt = 4 * abs((left + right) / 2 - slope) + jump + 16 * noise / step
-            if doubt < best[1]:
-                best = slope, doubt
-            if best[1] <= exact:
-                break
-        return best
-
-    def length(self, point: Point, name: str) -> float:
-        """Return the length of a step of a parameter that changes the loss by its size."""
-        size = FARTHEST * max(largest(point.weights[name]), 1.0)
-        slope = float(point.gradients[AUTOGRAD][name].norm())
-        return min(size, abs(point.loss) / slope) if slope * abs(point.loss) > 0 else size
-
-    def way(self, point: Point, name: str, along: float = 1.0) -> Tensor:
-        """Return a direction of the parameter's length, along its gradient and a random one."""
-        gradient = point.gradients[AUTOGRAD][name].nan_to_num(0, 0, 0)
-        other, size = self.random(gradient), gradient.norm()
-        direction = other / other.norm() + (along * gradient / size if size > 0 else 0.0)
-        if not direction.norm() > 0.1:  # the two point against each other
-            direction = other
-        return direction * (self.length(point, name) / direction.norm())
-
-    def ways(self, point: Point, name: str) -> Iterator[Tensor]:
-        """Return three directions: along the gradient, random, and against it."""
-        return (self.way(point, name, along) for along in (1.0, 0.0, -1.0))
-
-    def slopes(self, point: Point, kind: str, way: Weights) -> list[float]:
-        """Return the slope that a gradient gives along each parameter's direction."""
-        return [float((point.gradients[kind][n] * v).sum()) for n, v in way.items()]
-
     def moved(self, loss: float) -> Weights:
         """Return the weights after a random step that changes the loss by half of its size.
 
@@ -260,20 +211,7 @@ class Bench:
     def random(self, like: Tensor) -> Tensor:
         """Return normal random numbers in the shape of a parameter."""
         # In float32, which torch draws several times faster.
-        return torch.randn(like.shape, generator=self._random, dtype=torch.float32).to(like)
-
-    def _noise(self, point: Point) -> float:
-        """Return 8 times the change of the loss by changes of all numbers in their last digit."""
-        if point.noise is None:
-            near = {n: shaken(value, self.eps, self._random) for n, value in point.weights.items()}
-            batch, self.batch = self.batch, shaken(self.batch, self.eps, self._random)
-            change, self.batch = abs(self.loss(near) - point.loss), batch
-            point.noise = 8 * change + 8 * self.eps * abs(point.loss)
-        return point.noise
-
-    def _one_sided(self, point: Point, way: Weights, t: float) -> float:
-        near = {name: point.weights[name] + t * value for name, value in way.items()}
-        return (self.loss({**point.weights, **near}) - point.loss) / t
+        return torch.randn(like.shape, generator=self.generator, dtype=torch.float32).to(like)
 
     def _place(self, weights: Weights) -> None:
         for name, value in weights.items():
@@ -301,11 +239,3 @@ class Bench:
             self.attributes.restore()
         self._given = apply_to_collection(self.batch, Tensor, torch.clone)
         return function(self.model, self._given)
-
-
-def same(now: Tensor, before: Tensor) -> bool:
-    """Tell whether two tensors hold the same numbers; nan is the same as nan."""
-    if torch.equal(now, before):
-        return True
-    nan = (now != now) & (before != before)
-    return bool(((now == before) | nan).all())

@@ -20,6 +20,7 @@ from lightning_gd.gradcheck.diagnosis import (
     malformed,
     worst_entry,
 )
+from lightning_gd.gradcheck.probing import direction, directions, length_of, slope_of, slopes_of
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
 
 GROUPS = 2  # of parameters that are asked together after the step
@@ -110,7 +111,7 @@ class Comparison:
                 yield from self._compare(point, half)
             return
         for name in names:
-            length = self.bench.length(point, name)
+            length = length_of(point, name)
             size = float(point.gradients[AUTOGRAD][name].norm())
             shown = {kind: slope / length for kind, slope in slopes.items()}
             error = errors[self.kinds[0]] / length
@@ -128,14 +129,14 @@ class Comparison:
     ) -> tuple[dict[str, float], dict[str, float], float]:
         """Return the slopes by all means, the error of each gradient's, and what explains it."""
         bench, errors, bound = self.bench, {}, 0.0
-        way = {name: bench.way(point, name) for name in names}
-        parts = {kind: bench.slopes(point, kind, way) for kind in self.kinds}
+        way = {name: direction(bench, point, name) for name in names}
+        parts = {kind: slopes_of(point, kind, way) for kind in self.kinds}
         slopes = {kind: sum(values) for kind, values in parts.items()}
         size = max(sum(map(abs, values)) for values in parts.values())
         cancelled = CANCELLED * bench.eps * max(abs(point.loss) for point in self.points)
         # More lengths are tried before a single one is called wrong.
         for exact in (ROUGH * size, 0.0)[: 3 - min(len(names), 2)]:
-            slopes["differences"], doubt = bench.slope(point, way, exact)
+            slopes["differences"], doubt = slope_of(bench, point, way, exact)
             errors = {kind: abs(slopes[kind] - slopes["differences"]) for kind in self.kinds}
             bound = doubt + bench.rounding * max(size, abs(point.loss)) + cancelled
             if all(error <= bound for error in errors.values()):
@@ -159,7 +160,9 @@ class Comparison:
         near = ALIKE if formula else max(NEAR, 8 * self.bench.eps ** (1 / 3))
         if name not in list(self.wrong[kind])[-MOST_NAMED:]:  # these are nearest to the loss
             return "differs too"
-        suspect = Suspect(kind, found, truth, lambda k: self.bench.ways(points[k], name), near)
+        suspect = Suspect(
+            kind, found, truth, lambda k: directions(self.bench, points[k], name), near
+        )
         words = suspect.name_mistake(self.bench.rows)
         if formula:
             worst = max(zip(found, right, strict=True), key=lambda pair: largest(pair[0] - pair[1]))
@@ -194,16 +197,16 @@ class Comparison:
             return float((right * way).sum()), noise
 
         def by_differences(way: Tensor) -> tuple[float, float]:
-            slope, doubt = self.bench.slope(point, {name: way}, 0.0)
+            slope, doubt = slope_of(self.bench, point, {name: way}, 0.0)
             return slope, doubt + rounding * max(abs(slope), abs(point.loss))
 
         return by_autograd if self.method else by_differences
 
     def _values(self, name: str) -> str:
         point = self.points[1]
-        way = {name: self.bench.way(point, name, along=0.0)}
-        slope, _ = self.bench.slope(point, way, 0.0)
-        mine = sum(self.bench.slopes(point, AUTOGRAD, way))
+        way = {name: direction(self.bench, point, name, along=0.0)}
+        slope, _ = slope_of(self.bench, point, way, 0.0)
+        mine = sum(slopes_of(point, AUTOGRAD, way))
         words = f"no usual mistake fits; along a random direction autograd gives {mine:.6g}"
         words += f" and differences {slope:.6g}"
         return words if self.bench.functions.get(name) else f"{CUT}; {words}"

@@ -11,7 +11,7 @@ from torch import Tensor, clone
 from torch.autograd import Function
 
 from lightning_gd.batch import tensors
-from lightning_gd.gradcheck.bench import AUTOGRAD, Bench, same
+from lightning_gd.gradcheck.bench import AUTOGRAD, Bench
 from lightning_gd.gradcheck.cases import Call, Case, cases_of
 from lightning_gd.gradcheck.comparison import Comparison
 from lightning_gd.gradcheck.delivered import compared, explained
@@ -21,6 +21,7 @@ from lightning_gd.gradcheck.twin import (
     RandomState,
     converted,
     eager,
+    same,
     same_randomness,
     shaken,
     twin,

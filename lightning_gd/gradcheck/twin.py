@@ -160,6 +160,14 @@ def shaken(content: Any, eps: float, source: torch.Generator) -> Any:
     return apply_to_collection(content, Tensor, shake)
 
 
+def same(now: Tensor, before: Tensor) -> bool:
+    """Tell whether two tensors hold the same numbers; nan is the same as nan."""
+    if torch.equal(now, before):
+        return True
+    nan = (now != now) & (before != before)
+    return bool(((now == before) | nan).all())
+
+
 @contextmanager
 def same_randomness() -> Iterator[None]:
     """Leave the random state after a `with` block as it was before."""
