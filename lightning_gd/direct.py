@@ -75,7 +75,8 @@ class UpdatesOfStep:
         self._is_direct = count > 1 and not module.not_direct
         self._together = module.hparams["gradient_clip_val"] is None  # else each norm is used
         self._first, self._lrs = -1, []  # `global_step` before the first direct update
-        self._is_recorded, self._begun = False, set[Any]()  # by CUDA graphs; those of this step
+        self._is_short = self._is_recorded = False  # by CUDA graphs
+        self._begun = set[Any]()  # those of this step
         self._gradients: list[list[Tensor]] = []  # whose norms are not known yet
         self._norms: list[Tensor] = []
 
@@ -112,12 +113,23 @@ class UpdatesOfStep:
         self._step()
         self._count_update()
 
-    def replays(self, content: Any) -> bool:
-        """Make one update by a CUDA graph of its own operations; False where there can be none."""
-        if not self._is_recorded or not isinstance(batch := as_batch(content), DataBatch):
+    def makes(self, content: Any) -> bool:
+        """Make the update of a single batch the shortest way; False where it is not this short."""
+        if not self._is_short or not (rows := (batch := as_batch(content)).rows(self.module)):
             return False
-        looking, rows = self._looking(), batch.rows(self.module)
-        if not rows or any(getattr(c, "reads_gradients", True) for c in looking):
+        if self._is_recorded and isinstance(batch, DataBatch) and self._replays(batch, rows):
+            return True
+        loss, gradients = in_order(self.module, batch, self._named)
+        for parameter, gradient in zip(self.trained, gradients, strict=True):
+            parameter.grad = gradient
+        self.module.step_losses.append((loss, rows))
+        self.make()
+        return True
+
+    def _replays(self, batch: DataBatch, rows: float) -> bool:
+        """Make an update by a CUDA graph of its operations; False if a callback reads gradients."""
+        looking = self._looking()
+        if any(getattr(c, "reads_gradients", True) for c in looking):
             return False
         self._call(looking)
         replay = self._replay(batch.content)
@@ -173,12 +185,14 @@ class UpdatesOfStep:
         self._buffers = [optimizer.state.get(p, {}).get("momentum_buffer") for p in stepped]
         self._options = {name: self._group[name] for name in OPTIONS}
         # As in `optimizer.step()`: on the CPU one by one, elsewhere torch decides.
-        self._foreach = False if self.module.device.type == "cpu" else None
+        self._device = self.module.device.type
+        self._foreach = False if self._device == "cpu" else None
         self._plain = self._foreach is False and not any(self._options.values())
         one = world_size() == 1 and self.module.hparams["accumulate_grad_batches"] == 1
         by_update = any(c.interval == "step" for c in trainer.lr_scheduler_configs)
-        asked = self.module.hparams["cuda_graph"] and self.module.device.type in RECORDED
-        self._is_recorded = asked and one and not by_update
+        # `torch.compile(model)` would compile the update anew each time.
+        self._is_short = one and not by_update and not torch.compiler.is_compiling()
+        self._is_recorded = self.module.hparams["cuda_graph"] and self._device in RECORDED
 
     def _step(self) -> None:
         lr = self._group["lr"]

@@ -100,7 +100,7 @@ class GradientDescentModule(ConfiguredModule):
         self.step_losses = []
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), updates:
             for content, due in zip(batches, self._due(len(batches), batch_idx), strict=True):
-                if not updates.replays(content):
+                if not updates.makes(content):
                     self._add_local_gradients(as_batch(content), trained)
                     if due:
                         self._explicit_update(updates)
