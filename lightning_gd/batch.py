@@ -175,6 +175,15 @@ def tensors(content: Any) -> Iterator[Tensor]:
             yield from tensors(part)
 
 
+def is_of_tensors(content: Any) -> bool:
+    """Tell whether a batch holds tensors and nothing else, in tuples, lists and dicts."""
+    if isinstance(content, (tuple, list, Mapping)):
+        return all(
+            map(is_of_tensors, content.values() if isinstance(content, Mapping) else content)
+        )
+    return isinstance(content, Tensor)
+
+
 def count_rows(content: Any) -> int:
     """Return the length of the first tensor of a batch that has one; 0 without any."""
     return next((len(values) for values in tensors(content) if values.ndim), 0)

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import SGD
 from torch.optim.sgd import sgd
 
-from lightning_gd.batch import DataBatch, as_batch, tensors
+from lightning_gd.batch import DataBatch, Updates, as_batch, is_of_tensors, tensors
 from lightning_gd.configured import ConfiguredModule
 from lightning_gd.distributed import world_size
 from lightning_gd.hooks import RunHooks
@@ -21,6 +21,7 @@ from lightning_gd.updates import in_order
 OPTIONS = ("weight_decay", "momentum", "dampening", "nesterov", "maximize")
 KEPT = 2**20  # numbers of gradients kept until their norms are computed together
 RECORDED = ("cuda",)  # devices with graphs
+LONGEST = 4096  # updates of a step whose losses a graph keeps, or more where a step has more
 
 
 def obstacle(module: ConfiguredModule, optimizer: Any) -> str:
@@ -59,24 +60,29 @@ def obstacle(module: ConfiguredModule, optimizer: Any) -> str:
 class UpdatesOfStep:
     """Makes the updates of one `training_step` once `p.grad` is set: clips, steps, records.
 
-    The first is Lightning's `optimizer.step()`. The others call a callback only if its method
-    `looks_at(step)` wants this update, and torch's functional `sgd` on the state of the optimizer:
-    the same operations in the same order. Where there is an `obstacle`, all are Lightning's. A
-    callback whose `reads_gradients` is False is called before a CUDA graph, too.
+    The first is Lightning's `optimizer.step()`. Before each of the others only callbacks whose
+    `looks_at(step)` is true are called; then torch's functional `sgd` changes the weights, on the
+    state of the optimizer, by the same operations in the same order. Where there is an `obstacle`,
+    all are Lightning's. An update before which a callback reads gradients (`reads_gradients`, True
+    by default) is not replayed.
     """
 
     def __init__(
-        self, module: ConfiguredModule, optimizer: Any, trained: dict[str, Parameter], count: int
+        self,
+        module: ConfiguredModule,
+        optimizer: Any,
+        trained: dict[str, Parameter],
+        batches: Updates,
     ) -> None:
         self.module, self.optimizer, self.trained = module, optimizer, list(trained.values())
-        self._named, self._count = trained, count
+        self._named, self._batches, count = trained, batches, len(batches)
         if count > 1:  # the last step of an epoch may have one, which says nothing of the others
             module.not_direct = obstacle(module, optimizer)
         self._is_direct = count > 1 and not module.not_direct
         self._together = module.hparams["gradient_clip_val"] is None  # else each norm is used
         self._first, self._lrs = -1, []  # `global_step` before the first direct update
-        self._is_short = self._is_recorded = False  # by CUDA graphs
-        self._begun = set[Any]()  # those of this step
+        self._is_short = self._is_recorded = False  # the updates after the first; as CUDA graphs
+        self._begun: list[Replay] = []  # that were used in this step
         self._gradients: list[list[Tensor]] = []  # whose norms are not known yet
         self._norms: list[Tensor] = []
 
@@ -127,9 +133,11 @@ class UpdatesOfStep:
         return True
 
     def _replays(self, batch: DataBatch, rows: float) -> bool:
-        """Make an update by a CUDA graph of its operations; False if a callback reads gradients."""
+        """Make an update by replaying a CUDA graph; False where it must be made otherwise."""
         looking = self._looking()
-        if any(getattr(c, "reads_gradients", True) for c in looking):
+        if any(getattr(c, "reads_gradients", True) for c in looking) or not is_of_tensors(
+            batch.content
+        ):
             return False
         self._call(looking)
         replay = self._replay(batch.content)
@@ -142,21 +150,31 @@ class UpdatesOfStep:
         return True
 
     def _replay(self, content: Any) -> Replay:
-        """Return the recorded update for such a batch; it holds for the same memory and rate."""
-        memory = [*self._values, *(b for b in self._buffers if b is not None)]
-        shapes = tuple((values.shape, values.dtype) for values in tensors(content))
-        key = shapes, self._group["lr"], self._count, tuple(v.data_ptr() for v in memory)
-        kept, module = self.module.replays, self.module
-        if key not in kept:
+        """Return the recorded update for batches of these shapes."""
+        module, kept = self.module, self.module.replays
+        momentum = [buffer for buffer in self._buffers if buffer is not None]
+        held = [*module.parameters(), *module.buffers(), *momentum]
+        # What a graph holds for: the same memory, rate and options.
+        holds = [v.data_ptr() for v in held], [self._group[name] for name in ("lr", *OPTIONS)]
+        if kept.get("holds") != holds:
+            kept.clear()
+            kept["holds"] = holds
+        key = tuple((values.shape, values.dtype) for values in tensors(content))
+        if key not in kept or kept[key].most < len(self._batches):
 
             def local(content: Any) -> tuple[Tensor, list[Tensor]]:
                 return in_order(module, DataBatch(content), self._named)
 
-            kept[key] = Replay(content, local, self.trained, module.clip, self._step, self._count)
-        if key not in self._begun:
-            self._begun.add(key)
-            kept[key].begin()
-        return kept[key]
+            # A full batch is the same object at every update, and need not be copied.
+            same = self._batches.batches[0] is self._batches.batches[-1]
+            most = max(LONGEST, len(self._batches))
+            how = local, self.trained, module.clip, self._step, list(module.buffers()), most
+            kept[key] = Replay(content, same, *how)
+        replay = kept[key]
+        if replay not in self._begun:
+            self._begun.append(replay)
+            replay.begin()
+        return replay
 
     def _looking(self) -> list[Any]:
         step = self._first + len(self._lrs)

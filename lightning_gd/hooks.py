@@ -52,6 +52,9 @@ class RunHooks(Callback):
             kept = [getattr(logger, "kept", []) for logger in trainer.loggers]
             pl_module.curves.restore(max(kept, key=len, default=[]))
 
+    def teardown(self, trainer: Trainer, pl_module: EvaluatedModule, stage: str) -> None:
+        pl_module.replays = {}  # their memory on the GPU
+
     def on_fit_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         path = str(trainer.ckpt_path or "")
         if Path(path).name.startswith("hpc_ckpt_") and trainer.is_global_zero:

@@ -38,9 +38,11 @@ class GradientDescentModule(ConfiguredModule):
         gradient_clip_algorithm: `norm` scales the whole gradient, `value` cuts each entry.
         accumulate_grad_batches: Batches per update in explicit mode: their gradients are summed
             and divided once by all their rows. In autograd mode set the Trainer's.
-        cuda_graph: Replay the updates of a step as CUDA graphs. For explicit mode with SGD on one
-            GPU and `updates_per_step` above 1, without effect elsewhere; `loss_and_gradients` must
-            make the same operations for every batch of a shape, whatever its numbers are.
+        cuda_graph: Replay the updates of a step as CUDA graphs: for explicit mode with SGD on one
+            GPU and `updates_per_step` above 1, without effect elsewhere. The loss and its gradients
+            may depend on tensors of the batch, parameters, and buffers that are changed in place;
+            a Python number, such as an attribute, keeps its value of the recording.
+            `GradientCheck` looks at updates that are made without a graph.
 
     Raises:
         ValueError: If a setting is out of range, naming it, its value and the accepted form.
@@ -96,7 +98,7 @@ class GradientDescentModule(ConfiguredModule):
             return self._loss_for_autograd(as_batch(batch))
         batches, left = batches_of(batch), self.trainer.max_steps - self.trainer.global_step
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        updates = UpdatesOfStep(self, self.optimizers(), trained, len(batches))
+        updates = UpdatesOfStep(self, self.optimizers(), trained, batches)
         self.step_losses = []
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), updates:
             for content, due in zip(batches, self._due(len(batches), batch_idx), strict=True):
@@ -110,7 +112,7 @@ class GradientDescentModule(ConfiguredModule):
             step_schedulers(self, "epoch")
         if not self.step_losses:  # further batches are accumulated before an update
             return {}
-        loss = self.step_losses[-1][0]
+        loss = self.step_losses[-1][0].clone()
         self.log("train/loss", loss, prog_bar=True, logger=False)
         return {"loss": loss}
 

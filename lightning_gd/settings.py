@@ -73,6 +73,8 @@ def check_settings(h: Mapping[str, Any]) -> None:
         number("gradient_clip_val", h["gradient_clip_val"], above=0)
     one_of("gradient_clip_algorithm", h["gradient_clip_algorithm"], ("norm", "value"))
     whole_number("accumulate_grad_batches", h["accumulate_grad_batches"], 1)
+    if not isinstance(h.get("cuda_graph", False), bool):
+        raise ValueError(f"cuda_graph={h['cuda_graph']!r} must be True or False")
     for name, owner in (("optimizer_args", "optimizer"), ("scheduler_args", "scheduler")):
         if h[name] is not None and not isinstance(h[name], dict):
             raise ValueError(f"{name}={h[name]!r} must map arguments of the {owner} to values")

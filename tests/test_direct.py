@@ -7,7 +7,7 @@ from conftest import RandomRows, fit, line, plain, scheduled
 from lightning.pytorch import Callback
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_gd import ParityMLP, TestCurve
+from lightning_gd import LinearRegression, ParityMLP, TestCurve, Updates, by_autograd
 from lightning_gd.callbacks.gradient_check import GradientCheck
 
 FULL = {"passes_per_epoch": 21, "updates_per_step": 7}
@@ -97,6 +97,13 @@ def test_several_layers_of_any_shape(make_trainer):
     assert ends[0] == ends[1]
 
 
+class Sees(Callback):
+    """Whether updates were replayed."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.replays = len(pl_module.replays)
+
+
 @pytest.fixture
 def replayed(monkeypatch):
     """Updates that a GPU would replay, made by the CPU: the same calls on the same memory."""
@@ -104,21 +111,83 @@ def replayed(monkeypatch):
     monkeypatch.setattr("lightning_gd.replay.recorded", lambda update, warm: update)
 
 
-REPLAYED = [name for name in CASES if name not in ("accumulation", "moments")]
+REPLAYED = [n for n in CASES if n not in ("accumulation", "moments") and "by update" not in n]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_replayed_update_is_that_of_the_optimizer(make_trainer, replayed, name):
     settings, data = CASES[name]
-    check = GradientCheck()  # of an update that is not replayed
-    found, model = trained(make_trainer, {**settings, "cuda_graph": True}, data, check)
+    check, sees = GradientCheck(), Sees()  # the check is of updates that are not replayed
+    found, model = trained(make_trainer, {**settings, "cuda_graph": True}, data, check, sees)
     usual, _ = trained(make_trainer, settings, data, GradientCheck())
-    by_update = settings.get("scheduler_interval") == "update"
-    assert bool(model.replays) == (name in REPLAYED and not by_update)
+    assert bool(sees.replays) == (name in REPLAYED) and not model.replays
     norms = [run["curves"].pop("update/gradient_norm") for run in (found, usual)]
     assert norms[0][0] == norms[1][0]
     assert norms[0][1] == pytest.approx(norms[1][1], rel=4 * torch.finfo().eps, abs=0)
     assert found == usual
+
+
+class Tracks(LinearRegression):
+    """Its loss depends on a buffer that each call changes in place, and on random numbers."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def loss_and_gradients(self, x, y):
+        self.seen.add_(0.1)
+        loss, gradients = super().loss_and_gradients(x, y + 0.01 * torch.randn(()) + self.seen)
+        return loss, gradients
+
+
+class Changes(Callback):
+    """Changes the rate and an option of the optimizer in each epoch."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        group = trainer.optimizers[0].param_groups[0]
+        group["lr"], group["weight_decay"] = 0.02 / (1 + trainer.current_epoch), 0.1
+
+
+def test_a_recording_leaves_no_trace_and_follows_what_changes(make_trainer, replayed):
+    """Six updates per epoch, in steps of five and of one; the last batch of an epoch is smaller."""
+    ends = []
+    for settings in ({}, {"cuda_graph": True}):
+        torch.manual_seed(0)
+        sees, data = Sees(), RandomRows(batch_size=3, updates_per_step=4)
+        trainer = make_trainer(max_steps=40, callbacks=[Changes(), sees])
+        model = fit(trainer, data, Tracks, num_features=3, momentum=0.5, **settings)
+        model.curves.history.pop("update/gradient_norm")
+        ends.append([plain(model.state_dict()), model.curves.history])
+    assert ends[0] == ends[1] and sees.replays
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step")
+def test_a_batch_with_a_number_is_not_replayed(make_trainer, replayed):
+    class Weighted(LinearRegression):
+        def rows(self, batch):
+            return len(batch["x"])
+
+        def loss(self, x, y, factor):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().loss(x, factor * y)
+
+        gradients = by_autograd
+
+    rows = [{"x": torch.randn(4, 3), "y": torch.randn(4), "factor": float(k)} for k in range(6)]
+
+    class Steps:
+        def __iter__(self):
+            return iter([Updates(rows[:3]), Updates(rows[3:])])
+
+        def __len__(self):
+            return 2
+
+    ends = []
+    for settings in ({}, {"cuda_graph": True}):
+        trainer = make_trainer(max_steps=12, precision="32-true")
+        model = Weighted(num_features=3, lr=0.02, **settings)
+        trainer.fit(model, Steps())
+        ends.append(plain(model.state_dict()))
+    assert ends[0] == ends[1]
 
 
 class Fails(Callback):

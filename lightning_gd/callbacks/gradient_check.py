@@ -26,6 +26,7 @@ from lightning_gd.settings import one_of, whole_number
 
 EARLY = (0, 1, 10, 100)  # updates that are always checked
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+RECORDS = vars(GradientDescentModule()).keys()  # attributes of a run, beside those of the formula
 
 
 class GradientCheck(Tally, Callback):
@@ -35,7 +36,8 @@ class GradientCheck(Tally, Callback):
     The gradient is that of the formula in explicit mode, on a few random rows. Of any other
     LightningModule it is that of autograd through its `training_step`, with every hand-written
     `backward` in it. It is compared with differences of the loss; a formula that they found right
-    is later compared with autograd alone, where that has plain operations and agrees. Then
+    is later compared with autograd alone, where that has plain operations and agrees (and of two
+    formulas, `gradients` and `loss_and_gradients`, that which the run uses). Then
     `p.grad`, before it is clipped, is compared with the gradient on the batches of the update on
     all processes, which shows a missing reduction. See `check_gradients` and `check_delivered` for
     the bounds. A callback that changes `p.grad` must come before this one; what the module's own
@@ -85,7 +87,7 @@ class GradientCheck(Tally, Callback):
 
     def begin(self) -> None:
         super().begin()
-        self._repeated = Repeated()
+        self._repeated = Repeated(RECORDS)
         self._first = -1  # `global_step` before the first of the batches kept
         self._steps: list[tuple[Updates, int, RandomState]] = []  # their index, the state before
         self._due: float = math.inf  # the number of the next update to check
@@ -120,6 +122,9 @@ class GradientCheck(Tally, Callback):
             reason = "SyncBatchNorm communicates in the forward pass: check it on one process"
         if reason:
             raise ValueError(f"GradientCheck cannot check {name}: {reason}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._repeated, self._before, self._steps = Repeated(RECORDS), None, []  # copies
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

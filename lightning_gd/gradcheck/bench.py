@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from lightning_gd.gradcheck.twin import (
 # were exceeded by 3 of 19,000 random models. Mistakes are 1e-3 and more.
 ROUNDING = 1024
 LENGTHS = [2.0**power for power in range(-21, 10)]  # tried for a random step
+GUESSES = 4  # of them that are guessed from the one before; the rest is bisection
 AGAIN = (
     "when it is asked again for the same batch, weights, buffers and random numbers: "
     "give loss=, a function of the module and the batch alone"
@@ -48,7 +50,9 @@ class Point:
 
 
 class Bench:
-    """A copy of a model in one dtype, on which every call finds the same buffers and numbers.
+    """A copy of a model in one dtype, on which every call finds the same buffers.
+
+    If the loss draws random numbers, every call finds the same random state, too.
 
     Args:
         model: Any module; nothing of it changes.
@@ -75,30 +79,27 @@ class Bench:
         self.model, self.dtype, self.scale = twin(model, dtype), dtype, scale
         self.batch = converted(batch, dtype)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
-        self.called, self.changed = "", set[str]()  # last, and what is changed in place by what
-        self.functions: dict[str, set[str]] = {}  # custom autograd Functions behind each parameter
+        self.called = ""  # last
+        self.eps = torch.finfo(dtype).eps
         self._loss, self._reference = loss, reference or loss
         self.attributes = Attributes(self.model) if fresh else None
-        self.draws: bool | None = None  # random numbers, so that every call needs the state
+        self.draws: bool | None = None  # random numbers; None before the first call
         self._take(model, state)
         self.model.requires_grad_()
-        self.rows = count_rows(self.batch) or 1
-        numbers = sum(t.numel() for t in tensors(self.batch)) // self.rows
-        widest = max(size for value in self.start.values() for size in (*value.shape, 1))
-        self.eps = torch.finfo(dtype).eps
-        self.rounding = ROUNDING * self.eps * (self.rows + numbers + widest)  # of a sum, relative
         # Of differences: the error of the formula and the rounding of the loss are alike there.
         self.steps = [self.eps ** (1 / 3) * factor for factor in (1, 1 / 16, 16)]
 
     def take(self, model: nn.Module, batch: Any, state: RandomState) -> None:
         """Go on from the present state of the model, with another batch.
 
-        Of its attributes only numbers and texts are taken.
+        Of its attributes those that nothing can change in place are taken, and the settings.
         """
         for own, other in zip(self.model.modules(), model.modules(), strict=True):
             vars(own).update(plain_attributes(other))
-        self._take(model, state)
+        if isinstance(model, LightningModule):
+            self.model.hparams.update(model.hparams)
         self.batch = converted(batch, self.dtype)
+        self._take(model, state)
 
     def _take(self, model: nn.Module, state: RandomState) -> None:
         named = dict(model.named_parameters())
@@ -106,17 +107,19 @@ class Bench:
         self.start = {n: p.detach().to(self.parameters[n], copy=True) for n, p in named.items()}
         buffers = zip(self.model.buffers(), model.buffers(), strict=True)
         self._buffers = [(own, other.detach().to(own, copy=True)) for own, other in buffers]
+        self.rows = count_rows(self.batch) or 1
+        numbers = sum(t.numel() for t in tensors(self.batch)) // self.rows
+        widest = max(size for value in self.start.values() for size in (*value.shape, 1))
+        self.rounding = ROUNDING * self.eps * (self.rows + numbers + widest)  # of a sum, relative
+        self.functions: dict[str, set[str]] = {}  # custom autograd Functions behind each parameter
+        self.changed = set[str]()  # what is changed in place by what
         self._state = state
         self.generator = torch.Generator().manual_seed(int(state.torch[0].long().sum()))
 
     def measure(self, weights: Weights, method: str | None = None) -> Point:
         """Return the loss, its gradient by autograd, and that of the formula of a method."""
-        if self.draws is None:  # later every call that needs it restores it
-            self._state.restore()
         self._place(weights)
         loss = self._watched(self._loss, "loss")
-        if self.draws is None:
-            self.draws = not self._state.is_present()
         if loss.numel() != 1:
             raise ValueError(f"it has shape {list(loss.shape)}, and a loss is one number")
         if not loss.isfinite():
@@ -151,7 +154,6 @@ class Bench:
             NoLoss: If the two differ by more than any rounding.
         """
         weights = self.moved(self.loss(self.start))  # at the given ones the loss may be nearly zero
-        self._state.restore()
         self._place(weights)
         found, right = self._watched(self._loss, "loss"), self.loss(weights)
         if found.numel() != 1:
@@ -195,7 +197,7 @@ class Bench:
             return {**self.start, **{n: self.start[n] + length * v for n, v in way.items()}}
 
         short, long = -1, len(LENGTHS)  # of which the one is too short, the other long enough
-        is_finite, guess = True, long // 2  # whether the loss is, at the longer one
+        is_finite, guess, guesses = True, long // 2, 0  # of the loss at the longer one
         while long - short > 1:
             tried = min(max(guess, short + 1), long - 1)
             change = abs(self.loss(after(LENGTHS[tried])) - loss)
@@ -203,9 +205,9 @@ class Bench:
                 short = tried
             else:  # also nan
                 long, is_finite = tried, math.isfinite(change)
-            guess = (short + long) // 2
-            if 0 < change < math.inf:  # in a random direction it mostly grows as length²
-                guess = tried + math.ceil(math.log2(wanted / change) / 2)
+            guess, guesses = (short + long) // 2, guesses + 1
+            if guesses < GUESSES and 0 < change / wanted < math.inf:  # it mostly grows as length²
+                guess = tried - math.floor(math.log2(change / wanted) / 2)
         return after(LENGTHS[min(long, len(LENGTHS) - 1) if is_finite or short < 0 else short])
 
     def random(self, like: Tensor) -> Tensor:
@@ -231,11 +233,14 @@ class Bench:
 
     def _call(self, function: Loss, name: str) -> Any:
         self.called = name
-        if self.draws:
+        if self.draws is not False:
             self._state.restore()
         for buffer, value in self._buffers:
             buffer.detach().copy_(value)
         if self.attributes:
             self.attributes.restore()
         self._given = apply_to_collection(self.batch, Tensor, torch.clone)
-        return function(self.model, self._given)
+        found = function(self.model, self._given)
+        if self.draws is None:
+            self.draws = not self._state.is_present()
+        return found

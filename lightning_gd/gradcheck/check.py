@@ -1,7 +1,7 @@
 """Compares gradients, by a formula and by autograd, with differences of the loss."""
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def check_gradients(
         *batch: Inputs and targets; or one tuple, dict or tensor as a DataLoader yields it.
         loss: Function of the model and the batch that returns the loss, instead of its methods.
         reference: The same function made of plain operations, which is differentiated instead.
-        seed: Of the random step, and of random numbers that the model draws.
+        seed: Of the random step, and of random numbers that the model draws by torch.
     """
     content = batch[0] if len(batch) == 1 else batch
     explicit = loss is None and callable(getattr(model, "gradients", None))
@@ -65,7 +65,7 @@ def loss_of(model: nn.Module) -> Loss:
 
 def loss_of_step(model: Any, batch: Any, batch_idx: int) -> Tensor:
     """Return the loss of a `training_step` of a LightningModule."""
-    indexed = _takes_index(type(model).training_step)
+    indexed = _takes_index(getattr(model.training_step, "__func__", model.training_step))
     found = model.training_step(batch, batch_idx) if indexed else model.training_step(batch)
     found = found["loss"] if isinstance(found, dict) else found
     if found is None:
@@ -75,7 +75,7 @@ def loss_of_step(model: Any, batch: Any, batch_idx: int) -> Tensor:
     return found
 
 
-@cache
+@lru_cache(maxsize=64)
 def _takes_index(training_step: Any) -> bool:
     return is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
 

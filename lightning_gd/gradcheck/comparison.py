@@ -24,6 +24,7 @@ from lightning_gd.gradcheck.probing import direction, directions, length_of, slo
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
 
 GROUPS = 2  # of parameters that are asked together after the step
+FEW, SHORT = 8, 1e-10  # so many are asked one by one, where eps is larger: sums round by more
 ROUGH = 1e-4  # of the slope: an uncertainty of this size is no reason for further calls
 CANCELLED = 64  # eps of the larger loss: what is left of it in one that almost vanishes
 MOST_NAMED = 8  # wrong parameters that are looked at further
@@ -54,7 +55,8 @@ class Comparison:
         words = self._malformed() if self.method else dict.fromkeys(bench.trained)
         found: dict[str, list[ParameterReport]] = {name: [] for name in words}
         sound = [name for name in words if not words[name]]
-        for point, groups in zip(self.points, (1, GROUPS), strict=True):
+        alone = len(sound) <= FEW and bench.eps > SHORT
+        for point, groups in zip(self.points, (1, len(sound) if alone else GROUPS), strict=True):
             for names in _groups(sound, groups):
                 for report in self._compare(point, names):
                     found[report.name].append(report)
@@ -226,5 +228,5 @@ def _clarity(report: ParameterReport) -> float:
 
 
 def _groups(names: Sequence[str], count: int) -> list[list[str]]:
-    size = max(1, -(-len(names) // count))
+    size = max(1, -(-len(names) // max(1, count)))
     return [list(names[i : i + size]) for i in range(0, len(names), size)]

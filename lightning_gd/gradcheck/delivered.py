@@ -58,6 +58,8 @@ def check_delivered(
     gradient and eps of the largest gradient of all parameters, times 32 (8 for bfloat16 and
     float16). Random numbers are others in float64, so a loss that draws them is not.
 
+    The random state is left as the loss leaves it.
+
     Args:
         model: As it was before the update; nothing of it changes.
         delivery: What is compared.

@@ -54,7 +54,7 @@ def check_function(
             a callable that uses such Functions, of which only the gradients are checked.
         *inputs: Floating tensors that require a gradient are differentiated; all if none does.
         reference: The same function of plain torch operations, which is differentiated instead.
-        seed: Of cotangents, directions, and random numbers that the function draws.
+        seed: Of cotangents, directions, and random numbers that the function draws by torch.
     """
     floating = [i for i, value in enumerate(inputs) if _is_floating(value)]
     slots = [i for i in floating if inputs[i].requires_grad] or floating

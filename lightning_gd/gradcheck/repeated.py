@@ -1,5 +1,6 @@
 """Later checks of a formula that differences of the loss found right."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -8,28 +9,43 @@ from torch import nn
 from lightning_gd.gradcheck.bench import Bench, Loss
 from lightning_gd.gradcheck.comparison import Comparison
 from lightning_gd.gradcheck.report import GradientReport
-from lightning_gd.gradcheck.twin import RandomState, eager
+from lightning_gd.gradcheck.twin import RandomState, eager, own_attributes, plain_attributes
 
 
 class Repeated:
-    """Checks of a formula that was found right, on a copy of the model that is kept.
+    """Checks of a formula that was found right: where it equals autograd, it still is.
 
-    A formula that equals autograd through plain operations is right; differences are not needed.
+    The copy of the model is kept from one check to the next, unless the model has attributes that
+    may change in place, such as tensors and lists: then each check makes another.
+
+    Args:
+        records: Names of attributes on which the loss does not depend.
     """
 
-    def __init__(self) -> None:
-        self._bench: Bench | None = None
+    def __init__(self, records: Collection[str]) -> None:
+        self._records, self._bench = set(records), None
 
     def report(
         self, model: nn.Module, batch: Any, loss: Loss, state: RandomState
     ) -> GradientReport | None:
-        """Compare the formula with autograd alone; None where that does not tell it right."""
+        """Compare the formula with autograd alone.
+
+        None if they differ, or if autograd passes hand-written Functions: that proves nothing.
+        """
+        bench, self._bench = self._bench, None
         try:
             with eager(torch.float64):
-                if self._bench is None:
-                    self._bench = Bench(model, batch, loss, state, fresh=False)
-                    self._bench.measure(self._bench.start)  # learns whether the loss draws numbers
-                self._bench.take(model, batch, state)
-                return Comparison(self._bench, explicit=True).brief_report()
+                if bench is None or not self._is_plain(model):
+                    bench = Bench(model, batch, loss, state, fresh=False)
+                else:
+                    bench.take(model, batch, state)
+                found = Comparison(bench, explicit=True).brief_report()
         except Exception:  # the check by differences says what it is
             return None
+        self._bench = bench
+        return found
+
+    def _is_plain(self, model: nn.Module) -> bool:
+        modules = list(model.modules())
+        own = (own_attributes(m).keys() - plain_attributes(m).keys() for m in modules)
+        return not set().union(*own) - self._records

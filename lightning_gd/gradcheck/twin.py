@@ -5,7 +5,6 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from lightning_gd.batch import tensors
 
 SILENT = ("log", "log_dict", "print")  # methods of a copy that do nothing
 FRAME = vars(LightningModule()).keys() - {"training"}  # attributes of every module
-PLAIN = (bool, int, float, str, type(None), FunctionType)
+PLAIN = (bool, int, float, str, type(None))
 
 
 class RandomState(NamedTuple):
@@ -35,7 +34,7 @@ class RandomState(NamedTuple):
 
     @classmethod
     def seeded(cls, seed: int) -> "RandomState":
-        """Return torch's state after a seed, and those of Python and NumPy after the seed 0."""
+        """Return torch's state after a seed; Python's and NumPy's are the same for every seed."""
         gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
         torch_ones = (torch.Generator(device).manual_seed(seed) for device in ("cpu", *gpus))
         return cls([generator.get_state() for generator in torch_ones], *_FIRST)
@@ -84,7 +83,7 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return those of them that nothing can change but an assignment."""
+    """Return those of them that nothing can change in place."""
     return {name: v for name, v in own_attributes(module).items() if type(v) in PLAIN}
 
 

@@ -75,7 +75,8 @@ def loop(
     x, y = table.x.to(device), table.y.to(device)
     change: Callable[..., Any] = torch.compile(_update) if compiled else _update
     state = torch.zeros(x.shape[1], device=device), torch.zeros((), device=device)
-    change(x[:BATCH], y[:BATCH], *(values.clone() for values in state))
+    for some in list(_batches(x, y, 1, batch))[:: max(1, len(y) // (batch or len(y)))]:
+        change(*some, *(values.clone() for values in state))  # of each shape, off the clock
 
     @torch.no_grad()
     def run() -> Run:
