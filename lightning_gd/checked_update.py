@@ -19,7 +19,8 @@ from lightning_gd.distributed import reduce_sum
 from lightning_gd.gradcheck.bench import Loss, Weights
 from lightning_gd.gradcheck.check import loss_of_step
 from lightning_gd.gradcheck.delivered import Delivery, Part
-from lightning_gd.gradcheck.twin import RandomState, converted, eager, torch_states, twin
+from lightning_gd.gradcheck.randomness import RandomState, torch_states
+from lightning_gd.gradcheck.twin import converted, eager, twin
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.moments import MomentsBatch
 
@@ -175,10 +176,14 @@ def agree(holds: bool, device: torch.device) -> bool:
 
 @contextmanager
 def muted(trainer: Trainer) -> Iterator[None]:
-    """Give the module no logger inside a `with` block."""
+    """Give the module no logger inside a `with` block, and undo what it does to the Trainer."""
     loggers, silent = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    settings, stops = [dict(group) for group in groups], trainer.should_stop
     trainer.loggers = silent  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        trainer.loggers = loggers
+        trainer.loggers, trainer.should_stop = loggers, stops
+        for group, kept in zip(groups, settings, strict=True):
+            group.update(kept)

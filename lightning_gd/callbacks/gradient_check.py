@@ -2,25 +2,29 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_gd.batch import Updates, batches_of
 from lightning_gd.checked_update import Update, agree, draw, muted, not_a_mean, own_loss
 from lightning_gd.distributed import world_size
+from lightning_gd.gradcheck.bench import dense
 from lightning_gd.gradcheck.check import check_formula
 from lightning_gd.gradcheck.delivered import Part, check_delivered
+from lightning_gd.gradcheck.randomness import RandomState, same_randomness
 from lightning_gd.gradcheck.repeated import Repeated
 from lightning_gd.gradcheck.report import GradientError, GradientReport, ParameterReport
 from lightning_gd.gradcheck.tally import Tally
-from lightning_gd.gradcheck.twin import RandomState, converted, same_randomness, twin
+from lightning_gd.gradcheck.twin import converted, twin
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import one_of, whole_number
 
@@ -42,8 +46,9 @@ class GradientCheck(Tally, Callback):
     all processes, which shows a missing reduction. See `check_gradients` and `check_delivered` for
     the bounds. A callback that changes `p.grad` must come before this one; what the module's own
     `on_before_optimizer_step` changes is not seen. An update whose first batch has no finite loss
-    is not checked. A straight-through estimator (`detach` inside the loss) fails the check: pass
-    `loss=` with fixed targets.
+    is not checked. What is not the gradient of the loss by design fails the check: a
+    straight-through estimator or a teacher updated inside the loss (`detach`; pass `loss=` with
+    fixed targets), `spectral_norm`, `rsample` of Gamma and Dirichlet, hooks that change gradients.
 
     The largest relative error is logged as `verify/<parameter>`; nothing else in the run
     changes. `checks` counts the checks of this fit, `tested` those that found the gradient of
@@ -94,6 +99,7 @@ class GradientCheck(Tally, Callback):
         self._before: nn.Module | None = None  # the module before the update
         self._said: set[str] = set()
         self._share = 1  # of the optimizers that make an update by hand, one step each
+        self._between: RandomState | None = None  # after the optimizer before, on the same batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._sound = False
@@ -120,6 +126,8 @@ class GradientCheck(Tally, Callback):
             reason = f"loss={unknown[0]!r} is no method of it"
         elif world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules()):
             reason = "SyncBatchNorm communicates in the forward pass: check it on one process"
+        elif any(p.is_complex() for p in pl_module.parameters()):
+            reason = "it has complex parameters"
         if reason:
             raise ValueError(f"GradientCheck cannot check {name}: {reason}")
 
@@ -137,12 +145,43 @@ class GradientCheck(Tally, Callback):
             automatic = pl_module.automatic_optimization
             self._share = 1 if automatic else max(1, len(trainer.optimizers))
             self._look_ahead(trainer, trainer.global_step)
+            self._between = None
         last = trainer.global_step + len(batches_of(batch)) - 1
-        if last // self._share >= self._due:
+        if last // self._share < self._due:
+            return
+        if own or not is_overridden("on_train_batch_start", pl_module):
+            self._keep(pl_module, batch, batch_idx)
+            return
+        # The module's own hook comes after this one: keep what there is before `training_step`.
+        step, present = pl_module.training_step, vars(pl_module).get("training_step")
+
+        @wraps(step)
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            vars(pl_module).pop("training_step")
+            vars(pl_module).update({"training_step": present} if present else {})
+            self._keep(pl_module, batch, batch_idx)
+            return step(*args, **kwargs)
+
+        vars(pl_module)["training_step"] = kept
+
+    def _keep(self, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        own = isinstance(module, GradientDescentModule)
+        with self._spared(self._first):
+            if self._before is None and not own:
+                self._before = twin(module)
             kept = batches_of(batch if own else converted(batch, None))
             self._steps.append((kept, batch_idx, RandomState.now()))
-            if self._before is None and not own:
-                self._before = twin(pl_module)
+
+    @contextmanager
+    def _spared(self, step: int) -> Iterator[None]:
+        """End no run that only warns because something cannot be checked."""
+        try:
+            yield
+        except Exception as error:
+            if self.on_error == "stop" or world_size() > 1 or isinstance(error, GradientError):
+                raise
+            self._steps = []
+            self._say(f"an update could not be checked: {step}: {type(error).__name__}: {error}")
 
     def looks_at(self, step: int) -> bool:
         """Tell whether `on_before_optimizer_step` does something before this update."""
@@ -154,7 +193,9 @@ class GradientCheck(Tally, Callback):
         """Check the gradient of this update before the weights change."""
         step = trainer.global_step
         if step // self._share == self._due and self._steps:
-            self._check(trainer, pl_module, optimizer)
+            with self._spared(step):
+                self._check(trainer, pl_module, optimizer)
+            self._between = RandomState.now()  # before the loss of the next optimizer
         if (step + 1) // self._share >= self._due:
             self._look_ahead(trainer, step + 1)
 
@@ -170,7 +211,12 @@ class GradientCheck(Tally, Callback):
     def _check(self, trainer: Trainer, module: Any, optimizer: Optimizer) -> None:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         named = {n: p for n, p in module.named_parameters() if id(p) in trained and p.requires_grad}
-        found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
+        if count := len(trained - {id(p) for p in module.parameters()}):
+            self._say(f"{count} tensors of the optimizer are no parameters of it: not checked")
+        if not named:
+            return
+        found = {n: p.grad for n, p in named.items()}
+        found = {n: torch.zeros_like(named[n]) if g is None else dense(g) for n, g in found.items()}
         if trainer.precision == "16-mixed" and not all(g.isfinite().all() for g in found.values()):
             self._due += 1  # the scaler skips this update
             return
@@ -204,7 +250,8 @@ class GradientCheck(Tally, Callback):
             for k in range(len(batches))
         ]
         if not update.explicit:
-            return [update.part(batches[k], index, state) for batches, k, index, state in kept]
+            parts = [update.part(batches[k], index, state) for batches, k, index, state in kept]
+            return [replace(parts[0], state=self._between), *parts[1:]] if self._between else parts
         every = update.module.batches_per_update  # only these are gathered from the table
         kept = kept[(update.trainer.global_step - self._first) * every :][:every]
         return [
@@ -257,6 +304,8 @@ class GradientCheck(Tally, Callback):
         self, trainer: Trainer, module: Any, reports: list[GradientReport], wrong: bool
     ) -> None:
         errors = self.count(reports, wrong)
+        if errors and not any(self.tested.values()):
+            self._say("no gradient is above its rounding: a mistake would not have been seen")
         values = {f"verify/{name}": error for name, error in errors.items()}
         if isinstance(module, GradientDescentModule):
             module.curves.record(trainer.global_step, values)

@@ -1,26 +1,19 @@
 """A copy of a model whose loss, gradients and slopes can be asked for at any weights."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_gd.batch import call, count_rows, tensors
 from lightning_gd.gradcheck.diagnosis import functions_behind
+from lightning_gd.gradcheck.randomness import RandomState
 from lightning_gd.gradcheck.report import NoLoss
-from lightning_gd.gradcheck.twin import (
-    Attributes,
-    RandomState,
-    converted,
-    plain_attributes,
-    same,
-    twin,
-)
+from lightning_gd.gradcheck.twin import Attributes, converted, plain_attributes, same, twin
 
 # Rounding per term of a sum, relative to the gradient. Terms that cancel are larger than it: 16 eps
 # were exceeded by 3 of 19,000 random models. Mistakes are 1e-3 and more.
@@ -63,6 +56,7 @@ class Bench:
         reference: Another loss with the same value, of plain operations; differences are its own.
         fresh: Every call finds the same attributes; else a formula that keeps some is noticed.
         scale: Factor of the loss in the backward pass; the gradients are divided by it.
+        rough: The relative error of a hand-written backward pass that computes in float32.
     """
 
     def __init__(
@@ -75,17 +69,24 @@ class Bench:
         reference: Loss | None = None,
         fresh: bool = True,
         scale: float = SCALE,
+        rough: float = 0.0,
     ) -> None:
         self.model, self.dtype, self.scale = twin(model, dtype), dtype, scale
         self.batch = converted(batch, dtype)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
-        self.called = ""  # last
+        self.called, self.rough = "", rough  # the method that was called last
         self.eps = torch.finfo(dtype).eps
         self._loss, self._reference = loss, reference or loss
         self.attributes = Attributes(self.model) if fresh else None
         self.draws: bool | None = None  # random numbers; None before the first call
+        self.mutated = set[str]()  # parameters that a call changes in place
+        self.padding = padding_of(self.model)
+        # Buffers that a call assigns anew, and what they are before it.
+        self._assigned: dict[str, tuple[nn.Module, str, Tensor | None]] = {}
         self._take(model, state)
-        self.model.requires_grad_()
+        if not fresh:  # a formula may give the gradients of frozen parameters, too
+            self.model.requires_grad_()
+        self.with_graph = False  # the loss differentiates inside itself
         # Of differences: the error of the formula and the rounding of the loss are alike there.
         self.steps = [self.eps ** (1 / 3) * factor for factor in (1, 1 / 16, 16)]
 
@@ -105,6 +106,7 @@ class Bench:
         named = dict(model.named_parameters())
         self.trained = [name for name, p in named.items() if p.requires_grad]
         self.start = {n: p.detach().to(self.parameters[n], copy=True) for n, p in named.items()}
+        self._present = dict(self.model.named_buffers())
         buffers = zip(self.model.buffers(), model.buffers(), strict=True)
         self._buffers = [(own, other.detach().to(own, copy=True)) for own, other in buffers]
         self.rows = count_rows(self.batch) or 1
@@ -127,18 +129,13 @@ class Bench:
                 raise NoLoss(f"it is {loss.item()} on this batch")
             raise ValueError(f"it is {loss.item()} after a random step of the weights")
         self.functions = self.functions or functions_behind(loss, self.parameters)
-        found = torch.autograd.grad(
-            loss,
-            list(self.parameters.values()),
-            loss.new_full(loss.shape, self.scale),
-            materialize_grads=True,
-        )
-        gradients = {
-            AUTOGRAD: {n: g / self.scale for n, g in zip(self.parameters, found, strict=True)}
-        }
+        found = gradients_of(loss, self.parameters, self.scale)
+        gradients = {AUTOGRAD: {n: gradient / self.scale for n, gradient in found.items()}}
         if method:
             gradients[FORMULA] = self.formula(method, weights)
         own = self._reference is self._loss
+        if own and torch.finfo(loss.dtype).eps > self.eps:
+            raise TypeError(f"it computes in {loss.dtype}")
         first = loss.item()
         again = not own or self.attributes and weights is self.start
         value = self.loss(weights) if again else first
@@ -174,11 +171,24 @@ class Bench:
         found = found[1] if method == "loss_and_gradients" else found
         return {name: gradient.detach().clone() for name, gradient in found.items()}
 
-    @torch.no_grad()
     def loss(self, weights: Weights) -> float:
         """Return the loss at other weights."""
         self._place(weights)
-        return self._call(self._reference, "loss").item()
+        try:
+            with torch.set_grad_enabled(self.with_graph):
+                return self._call(self._reference, "loss").item()
+        except RuntimeError:
+            if self.with_graph:
+                raise
+        self.with_graph = True  # such as for the norm of a gradient
+        return self.loss(weights)
+
+    def loss_near(self, weights: Weights) -> float:
+        """Return the loss after a step that may leave its domain; NaN where it raises."""
+        try:
+            return self.loss(weights)
+        except Exception:
+            return math.nan
 
     def moved(self, loss: float) -> Weights:
         """Return the weights after a random step that changes the loss by half of its size.
@@ -190,7 +200,8 @@ class Bench:
         if not math.isfinite(loss):
             raise NoLoss(f"it is {loss} on this batch")
         way = {name: self.random(self.start[name]) for name in self.trained}
-        zero = abs(self.loss({**self.start, **{n: torch.zeros_like(v) for n, v in way.items()}}))
+        nothing = {name: torch.zeros_like(value) for name, value in way.items()}
+        zero = abs(self.loss_near({**self.start, **nothing}))
         wanted = max(abs(loss), zero if math.isfinite(zero) else 0.0) / 2 or 1.0
 
         def after(length: float) -> Weights:
@@ -200,7 +211,7 @@ class Bench:
         is_finite, guess, guesses = True, long // 2, 0  # of the loss at the longer one
         while long - short > 1:
             tried = min(max(guess, short + 1), long - 1)
-            change = abs(self.loss(after(LENGTHS[tried])) - loss)
+            change = abs(self.loss_near(after(LENGTHS[tried])) - loss)
             if change < wanted:
                 short = tried
             else:  # also nan
@@ -217,30 +228,64 @@ class Bench:
 
     def _place(self, weights: Weights) -> None:
         for name, value in weights.items():
-            self.parameters[name].data = value
+            self.parameters[name].data = value.clone() if name in self.mutated else value
 
     def _watched(self, function: Loss, name: str) -> Any:
         """Call a function, and note what it changes in place."""
         before = {n: p.detach().clone() for n, p in self.parameters.items()}
         found = self._call(function, name)
         changed = {n: value for n, value in before.items() if not same(self.parameters[n], value)}
+        for path, buffer in self.model.named_buffers():
+            if self._present.get(path) is not buffer and path not in self._assigned:
+                owner, _, leaf = path.rpartition(".")
+                place = self.model.get_submodule(owner), leaf, self._present.get(path)
+                self._assigned[path] = place
         given, kept = list(tensors(self._given)), list(tensors(self.batch))
         if len(given) != len(kept) or not all(map(same, given, kept)):
             self.changed.add(f"{name} changes its batch in place")
         self.changed |= {f"{name} changes {what} in place" for what in changed}
-        self._place(changed)
+        for what, value in changed.items():
+            self.parameters[what].data.copy_(value)  # which may be that of the weights
+        self.mutated |= changed.keys()
         return found
 
     def _call(self, function: Loss, name: str) -> Any:
         self.called = name
         if self.draws is not False:
             self._state.restore()
+        for module, leaf, buffer in self._assigned.values():
+            setattr(module, leaf, buffer)
         for buffer, value in self._buffers:
             buffer.detach().copy_(value)
         if self.attributes:
             self.attributes.restore()
-        self._given = apply_to_collection(self.batch, Tensor, torch.clone)
+        self._given = converted(self.batch, None)
         found = function(self.model, self._given)
         if self.draws is None:
             self.draws = not self._state.is_present()
         return found
+
+
+def gradients_of(loss: Tensor, parameters: Mapping[str, nn.Parameter], scale: float) -> Weights:
+    """Return the gradients by `backward`, dense and zero where there is none; `grad` stays None."""
+    loss.backward(loss.new_full(loss.shape, scale))  # `autograd.grad` is not for every Function
+    found = {}
+    for name, parameter in parameters.items():
+        gradient, parameter.grad = parameter.grad, None
+        found[name] = torch.zeros_like(parameter) if gradient is None else dense(gradient)
+    return found
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """Return a gradient, of an embedding perhaps, as a dense tensor."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def padding_of(model: nn.Module) -> dict[str, int]:
+    """Return the rows of embeddings that get no gradient by design, by parameter."""
+    kinds, found = (nn.Embedding, nn.EmbeddingBag), {}
+    for name, parameter in model.named_parameters():
+        owners = (m for m in model.modules() if isinstance(m, kinds) and m.weight is parameter)
+        rows = [m.padding_idx for m in owners if m.padding_idx is not None]
+        found |= {name: rows[0]} if rows else {}
+    return found

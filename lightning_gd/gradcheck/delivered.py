@@ -3,15 +3,23 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gd.gradcheck.bench import SCALE, Loss, Weights
-from lightning_gd.gradcheck.diagnosis import first_line, largest, name_factor, name_reduction, ratio
+from lightning_gd.gradcheck.bench import SCALE, Loss, Weights, gradients_of
+from lightning_gd.gradcheck.diagnosis import (
+    first_line,
+    has_casts,
+    largest,
+    name_factor,
+    name_reduction,
+    ratio,
+)
+from lightning_gd.gradcheck.randomness import RandomState, torch_states
 from lightning_gd.gradcheck.report import GradientReport, NoLoss, ParameterReport
-from lightning_gd.gradcheck.twin import RandomState, converted, eager, shaken, torch_states, twin
+from lightning_gd.gradcheck.twin import converted, eager, shaken, shaken_batch, twin
 
 SHAKES = 4  # times that weights and rows are changed in their last digit
 # Errors of sums that are rounded at every step, in units of what one rounding of the weights and
@@ -33,7 +41,8 @@ class Part:
     pure: bool = False  # the loss is known to leave its batch as it is
 
 
-class Delivery(NamedTuple):
+@dataclass(frozen=True)
+class Delivery:
     """What the optimizer is about to get, and how it should have come about."""
 
     gradients: Weights  # p.grad by name
@@ -67,7 +76,9 @@ def check_delivered(
         trusted: The loss is made of plain operations.
     """
     dtype = next(model.parameters()).dtype
-    sums, why = _local(model, delivery, dtype, 0)
+    sums, why, is_cast = _local(model, delivery, dtype, 0)
+    if is_cast:  # as in a block of autocast inside the loss
+        delivery = replace(delivery, eps=max(delivery.eps, torch.finfo(torch.bfloat16).eps))
     same = _mean(delivery, sums[0])
     close = CLOSE * torch.finfo(dtype).eps * _most(same)
     report = _compared(delivery, same, dict.fromkeys(same, close))
@@ -76,7 +87,7 @@ def check_delivered(
         return report
     drawn = why
     if not why:
-        sums, why = _local(model, delivery, torch.float64, SHAKES)
+        sums, why, _ = _local(model, delivery, torch.float64, SHAKES)
     if not agree(not why):
         # A Function for one dtype was compared with differences in it.
         told = f"p.grad was not compared in float64: {why or 'another process cannot'}"
@@ -109,20 +120,23 @@ def _compared(delivery: Delivery, mean: Weights, bounds: Mapping[str, float]) ->
 
 def _local(
     model: nn.Module, delivery: Delivery, dtype: torch.dtype, shakes: int
-) -> tuple[list[Tensor], str]:
-    """Return the local gradients, and those near them, and why they cannot be had in float64."""
-    sums, drawn = [], False
+) -> tuple[list[Tensor], str, bool]:
+    """Return the local gradients, and those near them, and why they cannot be had in float64.
+
+    And whether numbers are converted to another dtype on the way to the loss.
+    """
+    sums, drawn, is_cast = [], False, False
     for shake in range(shakes + 1):
         with eager(dtype):
             try:
-                found, draws = _gradients(model, delivery, dtype, shake)
+                found, draws, casts = _gradients(model, delivery, dtype, shake)
             except Exception as error:
                 if not shakes:
                     raise
-                return [], first_line(error)
+                return [], first_line(error), False
             sums.append(found)
-            drawn |= draws
-    return sums, "the loss draws random numbers" if drawn else ""
+            drawn, is_cast = drawn or draws, is_cast or casts
+    return sums, "the loss draws random numbers" if drawn else "", is_cast
 
 
 def _mean(delivery: Delivery, sums: Tensor) -> Weights:
@@ -133,23 +147,26 @@ def _mean(delivery: Delivery, sums: Tensor) -> Weights:
 
 def _gradients(
     model: nn.Module, delivery: Delivery, dtype: torch.dtype, shake: int
-) -> tuple[Tensor, bool]:
-    """Return weight · gradient of each part, flat, and last its weight, and if it drew numbers."""
+) -> tuple[Tensor, bool, bool]:
+    """Return weight · gradient of each part, flat, and last its weight.
+
+    And whether the loss draws random numbers, and converts some to another dtype.
+    """
     copied, source = twin(model, dtype), torch.Generator().manual_seed(shake)
     own, eps = dtype == next(model.parameters()).dtype, delivery.eps * bool(shake)
     named = dict(copied.named_parameters())
     trained = [named[name] for name in delivery.gradients]
     for parameter in copied.parameters() if eps else ():
         parameter.data = shaken(parameter.data, eps, source)
-    rows, drawn = [], False
+    rows, drawn, is_cast = [], False, False
     for part in delivery.parts:
         flat = trained[0].new_zeros(sum(p.numel() for p in trained) + 1)
         if part.weight:
             kept = part.batch if own and part.pure else converted(part.batch, dtype)
-            batch = shaken(kept, eps, source) if eps else kept
+            batch = shaken_batch(kept, eps, source) if eps else kept
             if part.state is not None:
                 part.state.restore()
-            before = torch_states()
+            before = torch_states(copied)
             try:
                 with delivery.precision() if own else nullcontext():  # backward is outside of it
                     loss = part.loss(copied, batch)
@@ -158,13 +175,14 @@ def _gradients(
                 rows.append(flat)
                 continue
             loss = part.scaled(loss)
-            scale = loss.new_full(loss.shape, SCALE)  # as in the check of the formula
-            found = torch.autograd.grad(loss, trained, scale, materialize_grads=True)
-            drawn |= not all(map(torch.equal, before, torch_states()))
-            flat = torch.cat([*map(torch.flatten, found), SCALE * part.scaled(flat.new_ones(1))])
+            is_cast |= own and has_casts(loss)
+            found = gradients_of(loss, dict(zip(delivery.gradients, trained, strict=True)), SCALE)
+            drawn |= not all(map(torch.equal, before, torch_states(copied)))
+            pieces = map(torch.flatten, found.values())
+            flat = torch.cat([*pieces, SCALE * part.scaled(flat.new_ones(1))])
             flat = flat * (part.weight / flat[-1])
         rows.append(flat.detach())
-    return torch.stack(rows), drawn
+    return torch.stack(rows), drawn, is_cast
 
 
 def explained(gradients: Sequence[Tensor], eps: float, size: float = 0.0) -> float:

@@ -211,3 +211,16 @@ def functions_behind(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[
             found.setdefault(names[id(leaf)], set()).update(here)
         waiting += [(following, here) for following, _ in node.next_functions if following]
     return found
+
+
+def has_casts(loss: Tensor) -> bool:
+    """Tell whether a conversion between dtypes is differentiated on the way to the loss."""
+    seen, waiting = set[Any](), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            if node.name().startswith("ToCopy"):
+                return True
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return False

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lightning_gd.gradcheck.delivered import SHAKES, compared, explained
 from lightning_gd.gradcheck.diagnosis import unfit
+from lightning_gd.gradcheck.randomness import same_randomness
 from lightning_gd.gradcheck.report import FunctionReport, GradientReport, ParameterReport
-from lightning_gd.gradcheck.twin import eager, same_randomness, shaken
+from lightning_gd.gradcheck.twin import eager, shaken
 
 
 def check_objective(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_gd.gradcheck.bench import AUTOGRAD, Bench, Point, Weights
 from lightning_gd.gradcheck.diagnosis import largest
-from lightning_gd.gradcheck.twin import shaken
+from lightning_gd.gradcheck.twin import shaken, shaken_batch
 
 FARTHEST = 8  # times the size of a parameter, or 1: the longest direction
 
@@ -53,6 +53,8 @@ def direction(bench: Bench, point: Point, name: str, along: float = 1.0) -> Tens
     way = other / other.norm() + (along * gradient / size if size > 0 else 0.0)
     if not way.norm() > 0.1:  # the two point against each other
         way = other
+    if name in bench.padding:
+        way[bench.padding[name]] = 0
     return way * (length_of(point, name) / way.norm())
 
 
@@ -70,7 +72,7 @@ def _noise(bench: Bench, point: Point) -> float:
     """Return 8 times the change of the loss by changes of all numbers in their last digit."""
     if point.noise is None:
         near = {n: shaken(value, bench.eps, bench.generator) for n, value in point.weights.items()}
-        batch, bench.batch = bench.batch, shaken(bench.batch, bench.eps, bench.generator)
+        batch, bench.batch = bench.batch, shaken_batch(bench.batch, bench.eps, bench.generator)
         change, bench.batch = abs(bench.loss(near) - point.loss), batch
         point.noise = 8 * change + 8 * bench.eps * abs(point.loss)
     return point.noise

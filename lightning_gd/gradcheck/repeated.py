@@ -8,8 +8,9 @@ from torch import nn
 
 from lightning_gd.gradcheck.bench import Bench, Loss
 from lightning_gd.gradcheck.comparison import Comparison
+from lightning_gd.gradcheck.randomness import RandomState
 from lightning_gd.gradcheck.report import GradientReport
-from lightning_gd.gradcheck.twin import RandomState, eager, own_attributes, plain_attributes
+from lightning_gd.gradcheck.twin import eager, own_attributes, plain_attributes
 
 
 class Repeated:

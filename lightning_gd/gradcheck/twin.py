@@ -1,59 +1,25 @@
-"""Copies of modules and batches in another dtype, and the state that a call of them depends on."""
+"""Copies of modules and batches in another dtype."""
 
 import copy
-import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from types import CellType, FunctionType
+from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_gd.batch import tensors
 
 SILENT = ("log", "log_dict", "print")  # methods of a copy that do nothing
 FRAME = vars(LightningModule()).keys() - {"training"}  # attributes of every module
+MOST_COPIED = 10_000  # entries of an attribute; what has more is data
 PLAIN = (bool, int, float, str, type(None))
-
-
-class RandomState(NamedTuple):
-    """The state of every generator that a training step may draw from."""
-
-    torch: list[Tensor]
-    python: Any
-    numpy: Any
-
-    @classmethod
-    def now(cls) -> "RandomState":
-        """Return the present state."""
-        return cls(torch_states(), random.getstate(), np.random.get_state())
-
-    @classmethod
-    def seeded(cls, seed: int) -> "RandomState":
-        """Return torch's state after a seed; Python's and NumPy's are the same for every seed."""
-        gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
-        torch_ones = (torch.Generator(device).manual_seed(seed) for device in ("cpu", *gpus))
-        return cls([generator.get_state() for generator in torch_ones], *_FIRST)
-
-    def restore(self) -> None:
-        """Continue from this state."""
-        torch.set_rng_state(self.torch[0])
-        torch.cuda.set_rng_state_all(self.torch[1:])
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-
-    def is_present(self) -> bool:
-        """Tell whether no number was drawn since."""
-        now = RandomState.now()
-        same = all(map(torch.equal, now.torch, self.torch)) and now.python == self.python
-        return same and all(map(np.array_equal, now.numpy, self.numpy))
-
-
-_FIRST = random.Random(0).getstate(), np.random.RandomState(0).get_state()
 
 
 class Attributes:
@@ -62,7 +28,7 @@ class Attributes:
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
         shared = [*self._modules, *model.parameters(), *model.buffers(), trainer_of(model)]
-        self._memo: dict[int, Any] = {id(value): value for value in shared}
+        self._memo: dict[int, Any] = {id(value): value for value in shared} | data_of(model)
         present = list(map(own_attributes, self._modules))
         self._plain = list(map(plain_attributes, self._modules))
         rest = [{n: a[n] for n in a.keys() - p} for a, p in zip(present, self._plain, strict=True)]
@@ -87,16 +53,18 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: v for name, v in own_attributes(module).items() if type(v) in PLAIN}
 
 
-def torch_states() -> list[Tensor]:
-    """Return the states of torch's generators, of the CPU and of GPUs in use."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *gpus]
+def data_of(model: nn.Module) -> dict[int, Any]:
+    """Return the data among the attributes, which are not copied, by their id."""
+    values = [value for module in model.modules() for value in own_attributes(module).values()]
+    kept = [value for value in values if isinstance(value, (Dataset, DataLoader))]
+    kept += [v for v in values if isinstance(v, (list, tuple, dict, set)) and len(v) > MOST_COPIED]
+    return {id(value): value for value in kept}
 
 
 def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
     """Return a copy of a module in another dtype; what it logs is not logged."""
     trainer = trainer_of(model)
-    memo: dict[int, Any] = {id(trainer): trainer}  # which an attribute may lead to
+    memo = {id(trainer): trainer, **data_of(model)}  # which attributes may lead to
     try:
         copied = _copied(model, memo)
     except Exception as error:
@@ -118,12 +86,39 @@ def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
 
 
 def _copied(model: nn.Module, memo: dict[int, Any]) -> Any:
+    made = dict(memo)
     try:
-        return copy.deepcopy(model, dict(memo))
+        copied = copy.deepcopy(model, made)
     except RuntimeError:  # results that a module keeps cannot be copied with their graph
         kept = (t for module in model.modules() for t in tensors(own_attributes(module)))
-        cut = {id(t): t.detach().clone() for t in kept if not t.is_leaf}
-        return copy.deepcopy(model, memo | cut)
+        made = memo | {id(t): t.detach().clone() for t in kept if not t.is_leaf}
+        copied = copy.deepcopy(model, made)
+    for module in copied.modules():
+        places = [vars(module), *(v for v in vars(module).values() if isinstance(v, dict))]  # hooks
+        for place in places:
+            place.update({n: _rebound(v, made) for n, v in place.items() if _has_cells(v)})
+    return copied
+
+
+def _has_cells(value: Any) -> bool:
+    return isinstance(value, FunctionType) and bool(value.__closure__)
+
+
+def _rebound(function: FunctionType, made: dict[int, Any]) -> FunctionType:
+    """Return a function that refers to the copies of what it refers to, such as the module."""
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            found = cell.cell_contents
+        except ValueError:  # empty so far
+            cells.append(cell)
+        else:
+            cells.append(CellType(made[id(found)]) if id(found) in made else cell)
+    code, name = function.__code__, function.__name__
+    other = FunctionType(code, function.__globals__, name, function.__defaults__, tuple(cells))
+    other.__kwdefaults__ = function.__kwdefaults__
+    vars(other).update(vars(function))
+    return other
 
 
 def trainer_of(model: nn.Module) -> Any:
@@ -135,7 +130,10 @@ def trainer_of(model: nn.Module) -> Any:
 
 
 def converted(batch: Any, dtype: torch.dtype | None) -> Any:
-    """Return a copy of a batch with its floating tensors in a dtype; labels keep theirs."""
+    """Return a copy of a batch with its floating tensors in a dtype; labels keep theirs.
+
+    Of an object of another class its attributes are copied.
+    """
 
     def copied(values: Tensor) -> Tensor:
         values = values.detach().clone()
@@ -143,7 +141,11 @@ def converted(batch: Any, dtype: torch.dtype | None) -> Any:
             values = values.cpu()
         return values.to(dtype) if values.is_floating_point() else values
 
-    return apply_to_collection(batch, Tensor, copied)
+    if hasattr(batch, "to") and hasattr(batch, "__dict__") and not isinstance(batch, Tensor):
+        other = copy.copy(batch)
+        vars(other).update({name: converted(value, dtype) for name, value in vars(batch).items()})
+        return other
+    return apply_to_collection(batch, Tensor, copied, allow_frozen=True)
 
 
 def shaken(content: Any, eps: float, source: torch.Generator) -> Any:
@@ -156,7 +158,18 @@ def shaken(content: Any, eps: float, source: torch.Generator) -> Any:
         draw = partial(torch.randn, generator=source, dtype=torch.float32)
         return values * (1 + eps * (draw(values.shape) + draw(())).to(values))
 
-    return apply_to_collection(content, Tensor, shake)
+    return apply_to_collection(content, Tensor, shake, allow_frozen=True)
+
+
+def shaken_batch(batch: Any, eps: float, source: torch.Generator) -> Any:
+    """Shake a batch but its whole numbers: they have no rounding, and may be labels or counts."""
+
+    def shake(values: Tensor) -> Tensor:
+        if not values.is_floating_point():
+            return values
+        return torch.where(values == values.round(), values, shaken(values, eps, source))
+
+    return apply_to_collection(batch, Tensor, shake, allow_frozen=True)
 
 
 def same(now: Tensor, before: Tensor) -> bool:
@@ -165,16 +178,6 @@ def same(now: Tensor, before: Tensor) -> bool:
         return True
     nan = (now != now) & (before != before)
     return bool(((now == before) | nan).all())
-
-
-@contextmanager
-def same_randomness() -> Iterator[None]:
-    """Leave the random state after a `with` block as it was before."""
-    state = RandomState.now()
-    try:
-        yield
-    finally:
-        state.restore()
 
 
 @contextmanager
@@ -196,3 +199,18 @@ def eager(dtype: torch.dtype) -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(usual)
+
+
+class InFloat64(TorchFunctionMode):
+    """Computes in float64 where `.float()` or the dtype float32 is asked for."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        named = {name: _as_float64(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_as_float64, args), **named)
+
+
+def _as_float64(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value

@@ -12,8 +12,9 @@ from torch.autograd import Function
 from lightning_gd.gradcheck.bench import ROUNDING
 from lightning_gd.gradcheck.delivered import compared
 from lightning_gd.gradcheck.diagnosis import alike, first_line
+from lightning_gd.gradcheck.randomness import RandomState
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
-from lightning_gd.gradcheck.twin import RandomState, shaken
+from lightning_gd.gradcheck.twin import shaken
 
 CALLS = 3  # that are made at once
 APART = 1 / 16  # the relative difference of their inputs
