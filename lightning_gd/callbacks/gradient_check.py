@@ -99,7 +99,6 @@ class GradientCheck(Tally, Callback):
         self._before: nn.Module | None = None  # the module before the update
         self._said: set[str] = set()
         self._share = 1  # of the optimizers that make an update by hand, one step each
-        self._between: RandomState | None = None  # after the optimizer before, on the same batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._sound = False
@@ -145,7 +144,6 @@ class GradientCheck(Tally, Callback):
             automatic = pl_module.automatic_optimization
             self._share = 1 if automatic else max(1, len(trainer.optimizers))
             self._look_ahead(trainer, trainer.global_step)
-            self._between = None
         last = trainer.global_step + len(batches_of(batch)) - 1
         if last // self._share < self._due:
             return
@@ -195,7 +193,6 @@ class GradientCheck(Tally, Callback):
         if step // self._share == self._due and self._steps:
             with self._spared(step):
                 self._check(trainer, pl_module, optimizer)
-            self._between = RandomState.now()  # before the loss of the next optimizer
         if (step + 1) // self._share >= self._due:
             self._look_ahead(trainer, step + 1)
 
@@ -251,7 +248,8 @@ class GradientCheck(Tally, Callback):
         ]
         if not update.explicit:
             parts = [update.part(batches[k], index, state) for batches, k, index, state in kept]
-            return [replace(parts[0], state=self._between), *parts[1:]] if self._between else parts
+            is_first = update.trainer.global_step == self._first  # of the optimizers of a batch
+            return parts if is_first else [replace(part, state=self._state) for part in parts]
         every = update.module.batches_per_update  # only these are gathered from the table
         kept = kept[(update.trainer.global_step - self._first) * every :][:every]
         return [

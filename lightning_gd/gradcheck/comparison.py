@@ -23,8 +23,7 @@ from lightning_gd.gradcheck.diagnosis import (
 from lightning_gd.gradcheck.probing import direction, directions, length_of, slope_of, slopes_of
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
 
-GROUPS = 2  # of parameters that are asked together after the step
-FEW, SHORT = 8, 1e-10  # so many are asked one by one, where eps is larger: sums round by more
+FEW, SHORT = 8, 1e-10  # parameters that are not asked all together; eps of a short dtype
 ROUGH = 1e-4  # of the slope: an uncertainty of this size is no reason for further calls
 CANCELLED = 64  # eps of the larger loss: what is left of it in one that almost vanishes
 MOST_NAMED = 8  # wrong parameters that are looked at further
@@ -55,8 +54,9 @@ class Comparison:
         words = self._malformed() if self.method else dict.fromkeys(bench.trained)
         found: dict[str, list[ParameterReport]] = {name: [] for name in words}
         sound = [name for name in words if not words[name]]
-        alone = len(sound) <= FEW and bench.eps > SHORT
-        for point, groups in zip(self.points, (1, len(sound) if alone else GROUPS), strict=True):
+        # The error of a question is that of all its parameters, and sums round by more.
+        few = len(sound) if bench.eps > SHORT else 2
+        for point, groups in zip(self.points, (1, few if len(sound) <= FEW else 1), strict=True):
             for names in _groups(sound, groups):
                 for report in self._compare(point, names):
                     found[report.name].append(report)

@@ -23,11 +23,15 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 class Attributes:
-    """What modules keep beside parameters and buffers: counters, hidden states, metrics."""
+    """What modules keep beside parameters and buffers: counters, hidden states, metrics.
+
+    Those of torch.nn keep nothing that a call changes.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = list(model.modules())
-        shared = [*self._modules, *model.parameters(), *model.buffers(), trainer_of(model)]
+        ours = "torch.nn.modules."
+        self._modules = [m for m in model.modules() if not type(m).__module__.startswith(ours)]
+        shared = [*model.modules(), *model.parameters(), *model.buffers(), trainer_of(model)]
         self._memo: dict[int, Any] = {id(value): value for value in shared} | data_of(model)
         present = list(map(own_attributes, self._modules))
         self._plain = list(map(plain_attributes, self._modules))
