@@ -20,7 +20,7 @@ from lightning_gd.gradcheck.diagnosis import (
     malformed,
     worst_entry,
 )
-from lightning_gd.gradcheck.probing import direction, directions, length_of, slope_of, slopes_of
+from lightning_gd.gradcheck.probing import direction, directions, slope_of, slopes_of
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
 
 FEW, SHORT = 8, 1e-10  # parameters that are not asked all together; eps of a short dtype
@@ -113,8 +113,7 @@ class Comparison:
                 yield from self._compare(point, half)
             return
         for name in names:
-            length = length_of(point, name)
-            size = float(point.gradients[AUTOGRAD][name].norm())
+            length, size = point.lengths[name], point.sizes[name]
             shown = {kind: slope / length for kind, slope in slopes.items()}
             error = errors[self.kinds[0]] / length
             report = ParameterReport(name, error, size, bound / length, slopes=shown)

@@ -6,10 +6,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from lightning_gd.gradcheck.bench import AUTOGRAD, Bench, Point, Weights
-from lightning_gd.gradcheck.diagnosis import largest
 from lightning_gd.gradcheck.twin import shaken, shaken_batch
-
-FARTHEST = 8  # times the size of a parameter, or 1: the longest direction
 
 
 def slope_of(bench: Bench, point: Point, way: Weights, exact: float) -> tuple[float, float]:
@@ -39,23 +36,16 @@ def slope_of(bench: Bench, point: Point, way: Weights, exact: float) -> tuple[fl
     return best
 
 
-def length_of(point: Point, name: str) -> float:
-    """Return the length of a step of a parameter that changes the loss by its size."""
-    size = FARTHEST * max(largest(point.weights[name]), 1.0)
-    slope = float(point.gradients[AUTOGRAD][name].norm())
-    return min(size, abs(point.loss) / slope) if slope * abs(point.loss) > 0 else size
-
-
 def direction(bench: Bench, point: Point, name: str, along: float = 1.0) -> Tensor:
     """Return a direction of the parameter's length, along its gradient and a random one."""
     gradient = point.gradients[AUTOGRAD][name].nan_to_num(0, 0, 0)
-    other, size = bench.random(gradient), gradient.norm()
+    other, size = bench.random(gradient), point.sizes[name]
     way = other / other.norm() + (along * gradient / size if size > 0 else 0.0)
     if not way.norm() > 0.1:  # the two point against each other
         way = other
     if name in bench.padding:
         way[bench.padding[name]] = 0
-    return way * (length_of(point, name) / way.norm())
+    return way * (point.lengths[name] / way.norm())
 
 
 def directions(bench: Bench, point: Point, name: str) -> Iterator[Tensor]:
