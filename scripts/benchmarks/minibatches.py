@@ -63,7 +63,13 @@ def rows(quick: bool) -> list[Row]:
             Side("without", partial(ours, epochs=epochs), at_most=1.05, tolerance=0.0),
         ),
     }
+    each = partial(lightning_tensors, rows=6_400, epochs=1)
+    sides["check-each"] = (
+        Side("GradientCheck at each update", partial(each, check=True)),
+        Side("without", each, at_most=26, tolerance=0.0),  # a check takes 25 updates
+    )
     works = {
+        "check-each": "plain Lightning, 6,400 digits, batches of 64",
         "minibatch": work.format(MNIST),
         "lightning": work.format(few["rows"]),
         "huber": "the same with a user's formula (Huber), momentum, clipping",

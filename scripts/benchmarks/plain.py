@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
@@ -17,6 +17,7 @@ from torchvision.datasets import MNIST as Pictures
 
 from benchmarks.fitting import Prepared, digits, weights
 from benchmarks.team import Job, Run
+from lightning_gd import GradientCheck
 
 BATCH, LR = 64, 5e-4
 
@@ -74,23 +75,31 @@ class Order(Sampler[int]):
         return iter(order(self.rows, self.epoch - 1).tolist())
 
 
-def lightning_tensors(job: Job, rows: int, epochs: int, every: int = 1) -> Prepared:
-    """Plain Lightning on a TensorDataset, with each `every`-th loss in TensorBoard."""
-    return _plain_fit(TensorDataset(*training_rows(job, rows)), job, rows, epochs, every)
+def lightning_tensors(
+    job: Job, rows: int, epochs: int, every: int = 1, check: bool = False
+) -> Prepared:
+    """Plain Lightning on a TensorDataset, with each `every`-th loss in TensorBoard.
+
+    With `check`, `GradientCheck` looks at each update.
+    """
+    table = TensorDataset(*training_rows(job, rows))
+    return _plain_fit(table, job, rows, epochs, every, [GradientCheck(1)] if check else [])
 
 
 def lightning_torchvision(job: Job, rows: int, epochs: int) -> Prepared:
     """Plain Lightning on torchvision's dataset with transforms."""
     steps = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
     pictures = Pictures(job.root, transform=transforms.Compose(steps), target_transform=_parity)
-    return _plain_fit(pictures, job, rows, epochs, every=1)
+    return _plain_fit(pictures, job, rows, epochs, every=1, callbacks=[])
 
 
 def _parity(digit: int) -> Tensor:
     return torch.tensor(2.0 * (digit % 2) - 1)
 
 
-def _plain_fit(dataset: Any, job: Job, rows: int, epochs: int, every: int) -> Prepared:
+def _plain_fit(
+    dataset: Any, job: Job, rows: int, epochs: int, every: int, callbacks: list[Callback]
+) -> Prepared:
     def run() -> Run:
         model, loader = PlainLightning(), DataLoader(dataset, BATCH, sampler=Order(rows))
         Trainer(
@@ -99,6 +108,7 @@ def _plain_fit(dataset: Any, job: Job, rows: int, epochs: int, every: int) -> Pr
             max_epochs=epochs,
             logger=TensorBoardLogger(tempfile.mkdtemp(dir=job.folder)),
             log_every_n_steps=every,
+            callbacks=callbacks,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
