@@ -14,7 +14,7 @@ from lightning_gd.batch import call, count_rows, tensors
 from lightning_gd.gradcheck.diagnosis import functions_behind, largest
 from lightning_gd.gradcheck.randomness import RandomState
 from lightning_gd.gradcheck.report import NoLoss
-from lightning_gd.gradcheck.twin import Attributes, converted, plain_attributes, same, twin
+from lightning_gd.gradcheck.twin import Attributes, converted, same, twin
 
 # Rounding per term of a sum, relative to the gradient. Terms that cancel are larger than it: 16 eps
 # were exceeded by 3 of 19,000 random models. Mistakes are 1e-3 and more.
@@ -106,13 +106,15 @@ class Bench:
         # Of differences: the error of the formula and the rounding of the loss are alike there.
         self.steps = [self.eps ** (1 / 3) * factor for factor in (1, 1 / 16, 16)]
 
-    def take(self, model: nn.Module, batch: Any, state: RandomState) -> None:
+    def take(
+        self, model: nn.Module, batch: Any, state: RandomState, plain: list[dict[str, Any]]
+    ) -> None:
         """Go on from the present state of the model, with another batch.
 
-        Of its attributes those that nothing can change in place are taken, and the settings.
+        Of its attributes the plain ones of each module are taken, and the settings.
         """
-        for own, other in zip(self.model.modules(), model.modules(), strict=True):
-            vars(own).update(plain_attributes(other))
+        for own, attributes in zip(self.model.modules(), plain, strict=True):
+            vars(own).update(attributes)
         if isinstance(model, LightningModule):
             self.model.hparams.update(model.hparams)
         self.batch = converted(batch, self.dtype)

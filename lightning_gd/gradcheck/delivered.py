@@ -17,7 +17,7 @@ from lightning_gd.gradcheck.diagnosis import (
     name_reduction,
     ratio,
 )
-from lightning_gd.gradcheck.randomness import RandomState, torch_states
+from lightning_gd.gradcheck.randomness import RandomState, generators_of, torch_states
 from lightning_gd.gradcheck.report import GradientReport, NoLoss, ParameterReport
 from lightning_gd.gradcheck.twin import converted, eager, shaken, shaken_batch, twin
 
@@ -158,7 +158,7 @@ def _gradients(
     trained = [named[name] for name in delivery.gradients]
     for parameter in copied.parameters() if eps else ():
         parameter.data = shaken(parameter.data, eps, source)
-    rows, drawn, is_cast = [], False, False
+    rows, drawn, is_cast, own_ones = [], False, False, generators_of(copied)
     for part in delivery.parts:
         flat = trained[0].new_zeros(sum(p.numel() for p in trained) + 1)
         if part.weight:
@@ -166,7 +166,7 @@ def _gradients(
             batch = shaken_batch(kept, eps, source) if eps else kept
             if part.state is not None:
                 part.state.restore()
-            before = torch_states(copied)
+            before = torch_states(own_ones)
             try:
                 with delivery.precision() if own else nullcontext():  # backward is outside of it
                     loss = part.loss(copied, batch)
@@ -177,7 +177,7 @@ def _gradients(
             loss = part.scaled(loss)
             is_cast |= own and has_casts(loss)
             found = gradients_of(loss, dict(zip(delivery.gradients, trained, strict=True)), SCALE)
-            drawn |= not all(map(torch.equal, before, torch_states(copied)))
+            drawn |= not all(map(torch.equal, before, torch_states(own_ones)))
             pieces = map(torch.flatten, found.values())
             flat = torch.cat([*pieces, SCALE * part.scaled(flat.new_ones(1))])
             flat = flat * (part.weight / flat[-1])

@@ -1,7 +1,7 @@
 """The state of the generators that a loss may draw random numbers from."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -46,12 +46,16 @@ class RandomState(NamedTuple):
 _FIRST = random.Random(0).getstate(), np.random.RandomState(0).get_state()
 
 
-def torch_states(model: nn.Module | None = None) -> list[Tensor]:
-    """Return the states of torch's generators: of the CPU, of GPUs in use, and of a model's own."""
+def torch_states(own: Iterable[torch.Generator] = ()) -> list[Tensor]:
+    """Return the states of torch's generators, of the CPU and of GPUs in use, and of others."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    kept = (value for m in (model.modules() if model else ()) for value in vars(m).values())
-    own = [value.get_state() for value in kept if isinstance(value, torch.Generator)]
-    return [torch.get_rng_state(), *gpus, *own]
+    return [torch.get_rng_state(), *gpus, *(generator.get_state() for generator in own)]
+
+
+def generators_of(model: nn.Module) -> list[torch.Generator]:
+    """Return the generators that are attributes of a model."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    return [value for value in values if isinstance(value, torch.Generator)]
 
 
 @contextmanager

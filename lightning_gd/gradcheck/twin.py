@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import CellType, FunctionType
 from typing import Any
@@ -192,12 +192,13 @@ def eager(dtype: torch.dtype) -> Iterator[None]:
     """
     usual = torch.get_default_dtype()
     with (
+        ExitStack() as stack,
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
         torch.compiler.set_stance("force_eager"),
     ):
+        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(device, enabled=False))
         torch.set_default_dtype(dtype)
         try:
             yield
