@@ -1,6 +1,7 @@
 """Right formulas pass, each usual mistake is found and named, and the run does not notice."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -353,6 +354,81 @@ def test_a_formula_that_becomes_wrong_is_named_at_the_next_check(make_trainer, f
     model.spoil, model.half = spoil, 1
     with pytest.raises(GradientError, match="check at update 10:\n(?s:.*)bias: 2 times"):
         make_trainer(max_steps=50, callbacks=[GradientCheck()]).fit(model, RandomRows())
+
+
+class Penalized(LinearRegression):
+    """From update 4 on there is a penalty, which the formula forgets; at zeros it vanishes."""
+
+    def __init__(self, kind, **settings):
+        super().__init__(num_features=3, **settings)
+        self.factor: Any = {"number": 0.0, "list": [0.0], "tensor": torch.zeros(1)}.get(
+            kind, SimpleNamespace(factor=0.0)
+        )
+
+    def on_train_batch_start(self, batch, batch_idx):
+        factor = 0.3 * (self.trainer.global_step >= 4)
+        if isinstance(self.factor, (list, torch.Tensor)):
+            self.factor[0] = factor  # in place
+        elif isinstance(self.factor, float):
+            self.factor = factor
+        else:
+            self.factor.factor = factor
+
+    def loss(self, x, y):
+        kept = self.factor
+        factor = kept[0] if isinstance(kept, (list, torch.Tensor)) else kept
+        factor = getattr(factor, "factor", factor)
+        return super().loss(x, 0 * y) + factor * self.weight.square().sum()
+
+    def gradients(self, x, y):
+        return super().gradients(x, 0 * y)
+
+
+@pytest.mark.parametrize("kind", ["number", "list", "tensor", "object"])
+def test_what_changes_during_a_run_is_seen_by_later_checks(make_trainer, kind):
+    """`p.grad` alone shows nothing at zeros; the check after a random step does."""
+    trainer = make_trainer(max_steps=20, callbacks=[GradientCheck(2)])
+    with pytest.raises(GradientError, match="check at update 4:\n(?s:.*)weight: WRONG"):
+        trainer.fit(Penalized(kind).double(), RandomRows())
+
+
+class Enlarges(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return 1.2 * g
+
+
+class Later(LinearRegression):
+    """From update 4 on the loss passes a wrong Function, and the formula has its mistake."""
+
+    def factor(self):
+        return 1.2 if self.trainer.global_step >= 4 else 1.0
+
+    def loss(self, x, y):
+        prediction = self(x) if self.factor() == 1 else Enlarges.apply(self(x))
+        return (prediction - y).square().mean()
+
+    def gradients(self, x, y):
+        return {n: self.factor() * g for n, g in super().gradients(x, y).items()}
+
+
+def test_a_function_that_the_loss_passes_later_is_not_trusted(make_trainer):
+    trainer = make_trainer(max_steps=20, callbacks=[GradientCheck(2)])
+    with pytest.raises(GradientError, match="check at update 4:"):
+        trainer.fit(Later(num_features=3, start="uniform").double(), RandomRows())
+
+
+def test_a_reference_beside_a_loss_that_draws_random_numbers():
+    model, (x, y) = Linear(dropout=0.5), batch(8)
+
+    def loss(model, content):
+        return model.loss(*content)
+
+    assert check_gradients(model, x, y, loss=loss, reference=loss).ok
 
 
 class WrongMoments(LinearRegression):

@@ -233,6 +233,8 @@ class GradientCheck(Tally, Callback):
             self._sound = bool(kept) and not wrong
             if not wrong:
                 delivery = update.delivery(parts, found)
+                if update.explicit:
+                    delivery = replace(delivery, copy=self._repeated.copy)
                 reports.append(check_delivered(before, delivery, agreed, agreed(trusted)))
                 wrong = self._is_wrong(trainer, reports[1])
         for text in (*(report.note for report in reports), update.note):
@@ -302,7 +304,8 @@ class GradientCheck(Tally, Callback):
         self, trainer: Trainer, module: Any, reports: list[GradientReport], wrong: bool
     ) -> None:
         errors = self.count(reports, wrong)
-        if errors and not any(self.tested.values()):
+        formula = reports[0].parameters
+        if formula and not any(p.tested for p in formula):
             self._say("no gradient is above its rounding: a mistake would not have been seen")
         values = {f"verify/{name}": error for name, error in errors.items()}
         if isinstance(module, GradientDescentModule):

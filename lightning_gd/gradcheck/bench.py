@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_gd.batch import call, count_rows, tensors
@@ -73,6 +72,8 @@ class Bench:
         fresh: Every call finds the same attributes; else a formula that keeps some is noticed.
         scale: Factor of the loss in the backward pass; the gradients are divided by it.
         rough: The relative error of a hand-written backward pass that computes in float32.
+        copied: The copy, if there is one in this dtype.
+        draws: Whether the loss draws random numbers, if that is known.
     """
 
     def __init__(
@@ -86,55 +87,37 @@ class Bench:
         fresh: bool = True,
         scale: float = SCALE,
         rough: float = 0.0,
+        copied: Any = None,
+        draws: bool | None = None,
     ) -> None:
-        self.model, self.dtype, self.scale = twin(model, dtype), dtype, scale
+        self.model, self.dtype, self.scale = copied or twin(model, dtype), dtype, scale
         self.batch = converted(batch, dtype)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.called, self.rough = "", rough  # the method that was called last
         self.eps = torch.finfo(dtype).eps
-        self._loss, self._reference = loss, reference or loss
+        self._loss, self._reference, self._state = loss, reference or loss, state
         self.attributes = Attributes(self.model) if fresh else None
-        self.draws: bool | None = None  # random numbers; None before the first call
+        self.draws = draws  # random numbers; None before the first call
         self.mutated = set[str]()  # parameters that a call changes in place
         self.padding = padding_of(self.model)
         # Buffers that a call assigns anew, and what they are before it.
         self._assigned: dict[str, tuple[nn.Module, str, Tensor | None]] = {}
-        self._take(model, state)
+        self.trained = [name for name, p in self.parameters.items() if p.requires_grad]
+        self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._present = dict(self.model.named_buffers())
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
+        self.functions: dict[str, set[str]] = {}  # custom autograd Functions behind each parameter
+        self.changed = set[str]()  # what is changed in place by what
+        self.generator = torch.Generator().manual_seed(int(state.torch[0].long().sum()))
+        self.rows = count_rows(self.batch) or 1
+        numbers = sum(t.numel() for t in tensors(self.batch)) // self.rows
+        widest = max(size for value in self.start.values() for size in (*value.shape, 1))
+        self.rounding = ROUNDING * self.eps * (self.rows + numbers + widest)  # of a sum, relative
         if not fresh:  # a formula may give the gradients of frozen parameters, too
             self.model.requires_grad_()
         self.with_graph = False  # the loss differentiates inside itself
         # Of differences: the error of the formula and the rounding of the loss are alike there.
         self.steps = [self.eps ** (1 / 3) * factor for factor in (1, 1 / 16, 16)]
-
-    def take(
-        self, model: nn.Module, batch: Any, state: RandomState, plain: list[dict[str, Any]]
-    ) -> None:
-        """Go on from the present state of the model, with another batch.
-
-        Of its attributes the plain ones of each module are taken, and the settings.
-        """
-        for own, attributes in zip(self.model.modules(), plain, strict=True):
-            vars(own).update(attributes)
-        if isinstance(model, LightningModule):
-            self.model.hparams.update(model.hparams)
-        self.batch = converted(batch, self.dtype)
-        self._take(model, state)
-
-    def _take(self, model: nn.Module, state: RandomState) -> None:
-        named = dict(model.named_parameters())
-        self.trained = [name for name, p in named.items() if p.requires_grad]
-        self.start = {n: p.detach().to(self.parameters[n], copy=True) for n, p in named.items()}
-        self._present = dict(self.model.named_buffers())
-        buffers = zip(self.model.buffers(), model.buffers(), strict=True)
-        self._buffers = [(own, other.detach().to(own, copy=True)) for own, other in buffers]
-        self.rows = count_rows(self.batch) or 1
-        numbers = sum(t.numel() for t in tensors(self.batch)) // self.rows
-        widest = max(size for value in self.start.values() for size in (*value.shape, 1))
-        self.rounding = ROUNDING * self.eps * (self.rows + numbers + widest)  # of a sum, relative
-        self.functions: dict[str, set[str]] = {}  # custom autograd Functions behind each parameter
-        self.changed = set[str]()  # what is changed in place by what
-        self._state = state
-        self.generator = torch.Generator().manual_seed(int(state.torch[0].long().sum()))
 
     def measure(self, weights: Weights, method: str | None = None) -> Point:
         """Return the loss, its gradient by autograd, and that of the formula of a method."""

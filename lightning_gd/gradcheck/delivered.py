@@ -53,6 +53,7 @@ class Delivery:
     precision: Callable[[], AbstractContextManager[Any]]  # the autocast of the run
     eps: float  # of that precision
     replayed: bool  # p.grad came about by autograd of the same loss
+    copy: Callable[[nn.Module, torch.dtype], Any] = twin
 
 
 def check_delivered(
@@ -152,7 +153,7 @@ def _gradients(
 
     And whether the loss draws random numbers, and converts some to another dtype.
     """
-    copied, source = twin(model, dtype), torch.Generator().manual_seed(shake)
+    copied, source = delivery.copy(model, dtype), torch.Generator().manual_seed(shake)
     own, eps = dtype == next(model.parameters()).dtype, delivery.eps * bool(shake)
     named = dict(copied.named_parameters())
     trained = [named[name] for name in delivery.gradients]

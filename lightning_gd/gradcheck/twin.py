@@ -1,7 +1,7 @@
 """Copies of modules and batches in another dtype."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import CellType, FunctionType
@@ -89,6 +89,40 @@ def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
     return copied
 
 
+class Copier:
+    """Copies a module as `twin` does, and keeps the copy for the next time.
+
+    It is kept if all attributes are plain but those of a run; it is in one dtype at a time.
+
+    Args:
+        records: Names of attributes on which the loss does not depend.
+    """
+
+    def __init__(self, records: Collection[str]) -> None:
+        self._records, self._kept = set(records), None
+
+    def __call__(self, model: nn.Module, dtype: torch.dtype) -> Any:
+        """Return a copy of the module as it is now."""
+        plain = list(map(plain_attributes, model.modules()))
+        pairs = zip(model.modules(), plain, strict=True)
+        others = set().union(*(own_attributes(m).keys() - p for m, p in pairs)) - self._records
+        on_mps = any(p.device.type == "mps" for p in model.parameters())
+        if others or on_mps or self._kept is None:
+            self._kept = twin(model, dtype)
+            return self._kept
+        copied, self._kept = self._kept.to(dtype), None
+        theirs = [*model.parameters(), *model.buffers()]
+        for own, other in zip([*copied.parameters(), *copied.buffers()], theirs, strict=True):
+            own.data = other.detach().to(own, copy=True)
+            own.requires_grad_(other.requires_grad)
+        for own, attributes in zip(copied.modules(), plain, strict=True):
+            vars(own).update(attributes)
+        if isinstance(model, LightningModule):
+            copied.hparams.update(model.hparams)
+        self._kept = copied
+        return copied
+
+
 def _copied(model: nn.Module, memo: dict[int, Any]) -> Any:
     made = dict(memo)
     try:
@@ -141,9 +175,11 @@ def converted(batch: Any, dtype: torch.dtype | None) -> Any:
 
     def copied(values: Tensor) -> Tensor:
         values = values.detach().clone()
+        if dtype is None or not values.is_floating_point():
+            return values
         if dtype is torch.float64 and values.device.type == "mps":
             values = values.cpu()
-        return values.to(dtype) if values.is_floating_point() else values
+        return values.to(dtype)
 
     if hasattr(batch, "to") and hasattr(batch, "__dict__") and not isinstance(batch, Tensor):
         other = copy.copy(batch)
