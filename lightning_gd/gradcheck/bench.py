@@ -108,7 +108,7 @@ class Bench:
         self._buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
         self.functions: dict[str, set[str]] = {}  # custom autograd Functions behind each parameter
         self.changed = set[str]()  # what is changed in place by what
-        self.generator = torch.Generator().manual_seed(int(state.torch[0].long().sum()))
+        self.generator = torch.Generator().manual_seed(int(state.torch[0].sum()))
         self.rows = count_rows(self.batch) or 1
         numbers = sum(t.numel() for t in tensors(self.batch)) // self.rows
         widest = max(size for value in self.start.values() for size in (*value.shape, 1))

@@ -176,7 +176,7 @@ def _gradients(
                 rows.append(flat)
                 continue
             loss = part.scaled(loss)
-            is_cast |= own and has_casts(loss)
+            is_cast |= own and delivery.replayed and has_casts(loss)
             found = gradients_of(loss, dict(zip(delivery.gradients, trained, strict=True)), SCALE)
             drawn |= not all(map(torch.equal, before, torch_states(own_ones)))
             pieces = map(torch.flatten, found.values())

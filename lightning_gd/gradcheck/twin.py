@@ -175,11 +175,11 @@ def converted(batch: Any, dtype: torch.dtype | None) -> Any:
 
     def copied(values: Tensor) -> Tensor:
         values = values.detach().clone()
-        if dtype is None or not values.is_floating_point():
+        if dtype is None:
             return values
         if dtype is torch.float64 and values.device.type == "mps":
             values = values.cpu()
-        return values.to(dtype)
+        return values.to(dtype) if values.is_floating_point() else values
 
     if hasattr(batch, "to") and hasattr(batch, "__dict__") and not isinstance(batch, Tensor):
         other = copy.copy(batch)
