@@ -16,15 +16,18 @@ from torch.optim import Optimizer
 from lightning_gd.batch import DataBatch, as_batch, call, count_rows, is_current, take_rows
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum, world_size
-from lightning_gd.gradcheck.bench import Loss, Weights
+from lightning_gd.gradcheck.bench import Loss
 from lightning_gd.gradcheck.check import loss_of_step
 from lightning_gd.gradcheck.delivered import Delivery, Part
+from lightning_gd.gradcheck.point import Weights
+from lightning_gd.gradcheck.precision import eager
 from lightning_gd.gradcheck.randomness import RandomState, torch_states
-from lightning_gd.gradcheck.twin import converted, eager, twin
+from lightning_gd.gradcheck.twin import converted, twin
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.moments import MomentsBatch
 
 NOT_ROUNDING = 1e-4  # of a loss of a few rows in float32, which rounds by about 1e-6
+STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 SHORT = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -127,6 +130,22 @@ class Update:
                 f"{self.trainer.global_step} the mean of their gradients, which DDP takes, differs "
                 f"by {bias:.2g} of its size from that of a loss that is a mean over all rows"
             )
+
+
+def refusal(trainer: Trainer, module: Any, loss: Any) -> str:
+    """Return why the updates of a module cannot be checked; empty if they can."""
+    own, given = isinstance(module, GradientDescentModule), loss
+    given = given if isinstance(given, list) else [given]
+    names = [f for f in given if isinstance(f, str) and not callable(getattr(module, f, None))]
+    if type(trainer.strategy).__name__ not in STRATEGIES:
+        return f"{type(trainer.strategy).__name__} shards its parameters: use ddp"
+    if not (own or module.automatic_optimization or loss):
+        return "it optimizes manually: give GradientCheck(loss=...), a method or a function"
+    if names:
+        return f"loss={names[0]!r} is no method of it"
+    if world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
+        return "SyncBatchNorm communicates in the forward pass: check it on one process"
+    return "it has complex parameters" if any(p.is_complex() for p in module.parameters()) else ""
 
 
 def own_loss(model: Any, batch: Any) -> Tensor:

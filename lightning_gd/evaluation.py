@@ -31,13 +31,13 @@ class EvaluatedModule(LightningModule):
         self.step_losses: list[tuple[Tensor, Tensor | float]] = []
         self.gradient_norm = torch.zeros(())  # of the update that is about to be made
         self.not_direct = ""  # why the updates of a step are each made by `optimizer.step()`
-        self.replays: dict[Any, Any] = {}  # updates that are recorded as CUDA graphs, by shape
+        self.replays: Any = None  # updates that are recorded as CUDA graphs
         self.stable_lr: float | None = None  # the largest, where a callback has found it
         self._evaluation: dict[str, Metric] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the records of the run out of a copy."""
-        empty = {"curves": Curves(), "batch_losses": [], "step_losses": [], "replays": {}}
+        empty = {"curves": Curves(), "batch_losses": [], "step_losses": [], "replays": None}
         return {**super().__getstate__(), **empty}
 
     def rows(self, batch: Any) -> float:

@@ -45,7 +45,7 @@ class RunHooks(Callback):
         self.epoch_loss, self.validation_loss = [0.0, 0.0], None
         self._unchecked, self._loaded_step = {"train", "evaluation", "buffers"}, 0
         pl_module.step_losses, pl_module.not_direct = [], "one update per step"
-        pl_module.replays = {}
+        pl_module.replays = None
         if trainer.precision == "64-true":  # Lightning would load a checkpoint into float32 first
             pl_module.double()
         if stage == "fit":
@@ -53,7 +53,7 @@ class RunHooks(Callback):
             pl_module.curves.restore(max(kept, key=len, default=[]))
 
     def teardown(self, trainer: Trainer, pl_module: EvaluatedModule, stage: str) -> None:
-        pl_module.replays = {}  # their memory on the GPU
+        pl_module.replays = None  # their memory on the GPU
 
     def on_fit_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         path = str(trainer.ckpt_path or "")

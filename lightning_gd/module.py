@@ -10,6 +10,7 @@ from lightning_gd.batch import Batch, as_batch, batches_of
 from lightning_gd.configured import ConfiguredModule
 from lightning_gd.direct import UpdatesOfStep
 from lightning_gd.distributed import RowMean, reduce_sum, world_size
+from lightning_gd.replay import ReplayedUpdates
 from lightning_gd.settings import check_settings
 from lightning_gd.updates import epoch_is_complete, in_order, step_plateaus, step_schedulers
 
@@ -98,7 +99,8 @@ class GradientDescentModule(ConfiguredModule):
             return self._loss_for_autograd(as_batch(batch))
         batches, left = batches_of(batch), self.trainer.max_steps - self.trainer.global_step
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        updates = UpdatesOfStep(self, self.optimizers(), trained, batches)
+        kind = ReplayedUpdates if self.hparams["cuda_graph"] else UpdatesOfStep
+        updates = kind(self, self.optimizers(), trained, batches)
         self.step_losses = []
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), updates:
             for content, due in zip(batches, self._due(len(batches), batch_idx), strict=True):

@@ -1,4 +1,4 @@
-"""One update of explicit mode as a CUDA graph, recorded once and replayed for batch after batch."""
+"""Updates of explicit mode as CUDA graphs, recorded once and replayed for batch after batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,9 +9,13 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_gd.batch import tensors
+from lightning_gd.batch import DataBatch, as_batch, is_of_tensors, tensors
+from lightning_gd.direct import OPTIONS, UpdatesOfStep
+from lightning_gd.updates import in_order
 
 WARM = 3  # calls before an update is recorded, for libraries that set themselves up at first
+DEVICES = ("cuda",)  # with graphs
+LONGEST = 4096  # updates of a step whose losses a recording keeps, or more where a step has more
 
 Local = Callable[[Any], tuple[Tensor, list[Tensor]]]  # loss and gradients of a batch
 
@@ -106,3 +110,76 @@ def recorded(update: Callable[[], None], warm: Callable[[], Any]) -> Callable[[]
             ) from error
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
+
+
+class Replays:
+    """The recordings of a run by the shapes of a batch, all for the same memory and options."""
+
+    def __init__(self) -> None:
+        self._holds: Any = None
+        self._kept: dict[Any, Replay] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def find(self, content: Any, holds: Any, most: int, record: Callable[[int], Replay]) -> Replay:
+        """Return the recording for such a batch and at least `most` updates per step."""
+        if holds != self._holds:
+            self._holds, self._kept = holds, {}
+        key = tuple((values.shape, values.dtype) for values in tensors(content))
+        if key not in self._kept or self._kept[key].most < most:
+            self._kept[key] = record(max(LONGEST, most))
+        return self._kept[key]
+
+
+class ReplayedUpdates(UpdatesOfStep):
+    """Makes updates by CUDA graphs where `UpdatesOfStep` would make them the shortest way.
+
+    An update before which a callback reads gradients (`reads_gradients`, True by default), and one
+    of a batch that holds anything but tensors, is not replayed.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._begun: list[Replay] = []  # recordings that were used in this step
+
+    def makes(self, content: Any) -> bool:
+        batch = as_batch(content)
+        if not self.is_short or self.module.device.type not in DEVICES:
+            return super().makes(content)
+        looking, rows = self.looking(), batch.rows(self.module)
+        reads = any(getattr(callback, "reads_gradients", True) for callback in looking)
+        if reads or not rows:
+            return super().makes(content)
+        if not isinstance(batch, DataBatch) or not is_of_tensors(batch.content):
+            return super().makes(content)
+        self.call(looking)
+        replay = self._find(batch.content)
+        replay.make(batch.content)
+        k = replay.made - 1
+        self.module.step_losses.append((replay.losses[k], rows))
+        self.add_norm(replay.norms[k, None])
+        self.count_update()
+        return True
+
+    def _find(self, content: Any) -> Replay:
+        module = self.module
+        module.replays = module.replays or Replays()
+        momentum = [buffer for buffer in self.buffers if buffer is not None]
+        held = [*module.parameters(), *module.buffers(), *momentum]
+        holds = [v.data_ptr() for v in held], [self.group[name] for name in ("lr", *OPTIONS)]
+
+        def local(content: Any) -> tuple[Tensor, list[Tensor]]:
+            return in_order(module, DataBatch(content), self.named)
+
+        def record(most: int) -> Replay:
+            # A full batch is the same object at every update, and need not be copied.
+            same = self.batches.batches[0] is self.batches.batches[-1]
+            how = self.trained, module.clip, self.step, list(module.buffers()), most
+            return Replay(content, same, local, *how)
+
+        replay = module.replays.find(content, holds, len(self.batches), record)
+        if replay not in self._begun:
+            self._begun.append(replay)
+            replay.begin()
+        return replay

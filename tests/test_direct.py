@@ -101,13 +101,13 @@ class Sees(Callback):
     """Whether updates were replayed."""
 
     def on_train_end(self, trainer, pl_module):
-        self.replays = len(pl_module.replays)
+        self.replays = 0 if pl_module.replays is None else len(pl_module.replays)
 
 
 @pytest.fixture
 def replayed(monkeypatch):
     """Updates that a GPU would replay, made by the CPU: the same calls on the same memory."""
-    monkeypatch.setattr("lightning_gd.direct.RECORDED", ("cpu",))
+    monkeypatch.setattr("lightning_gd.replay.DEVICES", ("cpu",))
     monkeypatch.setattr("lightning_gd.replay.recorded", lambda update, warm: update)
 
 

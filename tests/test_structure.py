@@ -93,4 +93,4 @@ def test_no_private_name_of_a_library():
             ):
                 names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
             found += [(file.name, name) for name in names if private.fullmatch(name)]
-    assert set(found) == {("direct.py", name) for name in hooks}
+    assert set(found) == {("obstacle.py", name) for name in hooks}

@@ -63,7 +63,7 @@ class EndTable(Callback):
         }
         if pl_module.hparams.get("gradient") == "explicit" and step > self._first:
             why = getattr(pl_module, "not_direct", "")
-            way = "SGD in CUDA graphs" if getattr(pl_module, "replays", {}) else "SGD directly"
+            way = "SGD in CUDA graphs" if getattr(pl_module, "replays", None) else "SGD directly"
             self._rows["updated by"] = f"optimizer.step(): {why}" if why else way
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, GradientCheck):

@@ -15,11 +15,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_gd.batch import Updates, batches_of
-from lightning_gd.checked_update import Update, agree, draw, muted, not_a_mean, own_loss
+from lightning_gd.checked_update import (
+    Update,
+    agree,
+    draw,
+    muted,
+    not_a_mean,
+    own_loss,
+    refusal,
+)
 from lightning_gd.distributed import world_size
-from lightning_gd.gradcheck.bench import dense
 from lightning_gd.gradcheck.check import check_formula
 from lightning_gd.gradcheck.delivered import Part, check_delivered
+from lightning_gd.gradcheck.graph import dense
 from lightning_gd.gradcheck.randomness import RandomState, same_randomness
 from lightning_gd.gradcheck.repeated import Repeated
 from lightning_gd.gradcheck.report import GradientError, GradientReport, ParameterReport
@@ -29,7 +37,6 @@ from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import one_of, whole_number
 
 EARLY = (0, 1, 10, 100)  # updates that are always checked
-STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 RECORDS = vars(GradientDescentModule()).keys()  # attributes of a run, beside those of the formula
 
 
@@ -112,22 +119,8 @@ class GradientCheck(Tally, Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module that cannot be checked."""
         self.begin()
-        name, own = type(pl_module).__name__, isinstance(pl_module, GradientDescentModule)
-        given = self.loss if isinstance(self.loss, list) else [self.loss]
-        reason = ""
-        if type(trainer.strategy).__name__ not in STRATEGIES:
-            reason = f"{type(trainer.strategy).__name__} shards its parameters: use ddp"
-        elif not (own or pl_module.automatic_optimization or self.loss):
-            reason = "it optimizes manually: give GradientCheck(loss=...), a method or a function"
-        elif unknown := [
-            f for f in given if isinstance(f, str) and not callable(getattr(pl_module, f, None))
-        ]:
-            reason = f"loss={unknown[0]!r} is no method of it"
-        elif world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules()):
-            reason = "SyncBatchNorm communicates in the forward pass: check it on one process"
-        elif any(p.is_complex() for p in pl_module.parameters()):
-            reason = "it has complex parameters"
-        if reason:
+        if reason := refusal(trainer, pl_module, self.loss):
+            name = type(pl_module).__name__
             raise ValueError(f"GradientCheck cannot check {name}: {reason}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

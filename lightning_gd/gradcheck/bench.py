@@ -1,16 +1,15 @@
 """A copy of a model whose loss, gradients and slopes can be asked for at any weights."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gd.batch import call, count_rows, tensors
-from lightning_gd.gradcheck.diagnosis import functions_behind, largest
+from lightning_gd.gradcheck.graph import functions_behind, gradients_of, padding_of
+from lightning_gd.gradcheck.point import AUTOGRAD, FORMULA, Point, Weights
 from lightning_gd.gradcheck.randomness import RandomState
 from lightning_gd.gradcheck.report import NoLoss
 from lightning_gd.gradcheck.twin import Attributes, converted, same, twin
@@ -18,43 +17,16 @@ from lightning_gd.gradcheck.twin import Attributes, converted, same, twin
 # Rounding per term of a sum, relative to the gradient. Terms that cancel are larger than it: 16 eps
 # were exceeded by 3 of 19,000 random models. Mistakes are 1e-3 and more.
 ROUNDING = 1024
-FARTHEST = 8  # times the size of a parameter, or 1: the longest direction
 LENGTHS = [2.0**power for power in range(-21, 10)]  # tried for a random step
 GUESSES = 4  # of them that are guessed from the one before; the rest is bisection
 AGAIN = (
     "when it is asked again for the same batch, weights, buffers and random numbers: "
     "give loss=, a function of the module and the batch alone"
 )
-FORMULA, AUTOGRAD = "explicit", "autograd"  # kinds of gradients
 SCALE = 0.5  # of the loss in the backward pass: one that takes grad_output as 1 is wrong then
 OTHER = 1e-3  # the relative difference of two losses above which rounding is no explanation
 
-Weights = dict[str, Tensor]
 Loss = Callable[[Any, Any], Tensor]  # of a model and a batch, shape []
-
-
-@dataclass
-class Point:
-    """What was measured at one set of weights."""
-
-    weights: Weights
-    loss: float
-    gradients: dict[str, Weights]  # by kind: those of FORMULA, if there is one, and AUTOGRAD
-    noise: float | None = None  # of the loss: what rounding changes, once that was asked for
-
-    @cached_property
-    def sizes(self) -> dict[str, float]:
-        """The 2-norm of each gradient by autograd."""
-        return {name: float(value.norm()) for name, value in self.gradients[AUTOGRAD].items()}
-
-    @cached_property
-    def lengths(self) -> dict[str, float]:
-        """The length of a step of each parameter that changes the loss by its size."""
-        return {name: self._length(name, size) for name, size in self.sizes.items()}
-
-    def _length(self, name: str, size: float) -> float:
-        most, loss = FARTHEST * max(largest(self.weights[name]), 1.0), abs(self.loss)
-        return min(most, loss / size) if size * loss > 0 else most
 
 
 class Bench:
@@ -265,28 +237,3 @@ class Bench:
         if self.draws is None:
             self.draws = not self._state.is_present()
         return found
-
-
-def gradients_of(loss: Tensor, parameters: Mapping[str, nn.Parameter], scale: float) -> Weights:
-    """Return the gradients by `backward`, dense and zero where there is none; `grad` stays None."""
-    loss.backward(loss.new_full(loss.shape, scale))  # `autograd.grad` is not for every Function
-    found = {}
-    for name, parameter in parameters.items():
-        gradient, parameter.grad = parameter.grad, None
-        found[name] = torch.zeros_like(parameter) if gradient is None else dense(gradient)
-    return found
-
-
-def dense(gradient: Tensor) -> Tensor:
-    """Return a gradient, of an embedding perhaps, as a dense tensor."""
-    return gradient.to_dense() if gradient.is_sparse else gradient
-
-
-def padding_of(model: nn.Module) -> dict[str, int]:
-    """Return the rows of embeddings that get no gradient by design, by parameter."""
-    kinds, found = (nn.Embedding, nn.EmbeddingBag), {}
-    for name, parameter in model.named_parameters():
-        owners = (m for m in model.modules() if isinstance(m, kinds) and m.weight is parameter)
-        rows = [m.padding_idx for m in owners if m.padding_idx is not None]
-        found |= {name: rows[0]} if rows else {}
-    return found

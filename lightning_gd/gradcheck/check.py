@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightning_gd.batch import call
 from lightning_gd.gradcheck.bench import Bench, Loss
 from lightning_gd.gradcheck.comparison import Comparison
+from lightning_gd.gradcheck.precision import InFloat64, eager
 from lightning_gd.gradcheck.randomness import RandomState, same_randomness
 from lightning_gd.gradcheck.report import GradientReport, NoLoss
-from lightning_gd.gradcheck.twin import InFloat64, eager
 
 # Of a backward pass: in float32 it rounds by some 1e-6, and mistakes are 1e-3 and more.
 ROUGH = 1e-4

@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lightning_gd.batch import is_current
-from lightning_gd.gradcheck.bench import AUTOGRAD, FORMULA, Bench, Point, Weights
+from lightning_gd.gradcheck.bench import Bench
 from lightning_gd.gradcheck.diagnosis import (
     ALIKE,
     CUT,
@@ -20,6 +20,7 @@ from lightning_gd.gradcheck.diagnosis import (
     malformed,
     worst_entry,
 )
+from lightning_gd.gradcheck.point import AUTOGRAD, FORMULA, Point, Weights
 from lightning_gd.gradcheck.probing import direction, directions, slope_of, slopes_of
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
 

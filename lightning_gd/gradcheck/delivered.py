@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gd.gradcheck.bench import SCALE, Loss, Weights, gradients_of
+from lightning_gd.gradcheck.bench import SCALE, Loss
 from lightning_gd.gradcheck.diagnosis import (
     first_line,
-    has_casts,
     largest,
     name_factor,
     name_reduction,
     ratio,
 )
+from lightning_gd.gradcheck.graph import gradients_of, has_casts
+from lightning_gd.gradcheck.point import Weights
+from lightning_gd.gradcheck.precision import eager
 from lightning_gd.gradcheck.randomness import RandomState, generators_of, torch_states
 from lightning_gd.gradcheck.report import GradientReport, NoLoss, ParameterReport
-from lightning_gd.gradcheck.twin import converted, eager, shaken, shaken_batch, twin
+from lightning_gd.gradcheck.twin import converted, shaken, shaken_batch, twin
 
 SHAKES = 4  # times that weights and rows are changed in their last digit
 # Errors of sums that are rounded at every step, in units of what one rounding of the weights and

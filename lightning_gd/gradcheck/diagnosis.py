@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 ALIKE = 1e-6  # float64 gradients agree to about 1e-13, usual mistakes differ by 1e-3 and more
 STALE = "stale: a second call on the same batch returns something else"
@@ -190,37 +189,3 @@ def largest(values: Tensor) -> float:
 def first_line(error: Exception) -> str:
     """Return the type and the first line of an error."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def functions_behind(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, set[str]]:
-    """Return the names of the custom `autograd.Function`s between the loss and each parameter."""
-    names = {id(p): name for name, p in parameters.items()}
-    found: dict[str, set[str]] = {}
-    start = loss.grad_fn
-    passed: dict[Any, set[str]] = {}
-    waiting = [(start, frozenset[str]())] if start is not None else []
-    while waiting:
-        node, above = waiting.pop()
-        custom = isinstance(node, torch.autograd.function.BackwardCFunction)
-        here = above | {node.name().removesuffix("Backward")} if custom else above
-        if node in passed and here <= passed[node]:
-            continue
-        passed.setdefault(node, set()).update(here)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) in names:
-            found.setdefault(names[id(leaf)], set()).update(here)
-        waiting += [(following, here) for following, _ in node.next_functions if following]
-    return found
-
-
-def has_casts(loss: Tensor) -> bool:
-    """Tell whether a conversion between dtypes is differentiated on the way to the loss."""
-    seen, waiting = set[Any](), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            if node.name().startswith("ToCopy"):
-                return True
-            seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
-    return False

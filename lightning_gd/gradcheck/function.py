@@ -11,14 +11,16 @@ from torch import Tensor, clone
 from torch.autograd import Function
 
 from lightning_gd.batch import tensors
-from lightning_gd.gradcheck.bench import AUTOGRAD, Bench
+from lightning_gd.gradcheck.bench import Bench
 from lightning_gd.gradcheck.cases import Call, Case, cases_of
 from lightning_gd.gradcheck.comparison import Comparison
 from lightning_gd.gradcheck.delivered import compared, explained
 from lightning_gd.gradcheck.diagnosis import alike, first_line, largest, unfit
+from lightning_gd.gradcheck.point import AUTOGRAD
+from lightning_gd.gradcheck.precision import eager
 from lightning_gd.gradcheck.randomness import RandomState, same_randomness
 from lightning_gd.gradcheck.report import FunctionReport, GradientReport, ParameterReport
-from lightning_gd.gradcheck.twin import converted, eager, same, shaken, twin
+from lightning_gd.gradcheck.twin import converted, same, shaken, twin
 from lightning_gd.gradcheck.vmapped import check_vmap, claims_vmap, tuple_of
 
 SHAKES = 16  # of the inputs, so that ties fall either way

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from lightning_gd.gradcheck.delivered import SHAKES, compared, explained
 from lightning_gd.gradcheck.diagnosis import unfit
+from lightning_gd.gradcheck.precision import eager
 from lightning_gd.gradcheck.randomness import same_randomness
 from lightning_gd.gradcheck.report import FunctionReport, GradientReport, ParameterReport
-from lightning_gd.gradcheck.twin import eager, shaken
+from lightning_gd.gradcheck.twin import shaken
 
 
 def check_objective(

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from lightning_gd.gradcheck.bench import AUTOGRAD, Bench, Point, Weights
+from lightning_gd.gradcheck.bench import Bench
+from lightning_gd.gradcheck.point import AUTOGRAD, Point, Weights
 from lightning_gd.gradcheck.twin import shaken, shaken_batch
 
 

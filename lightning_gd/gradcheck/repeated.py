@@ -8,9 +8,10 @@ from torch import nn
 
 from lightning_gd.gradcheck.bench import Bench, Loss
 from lightning_gd.gradcheck.comparison import Comparison
+from lightning_gd.gradcheck.precision import eager
 from lightning_gd.gradcheck.randomness import RandomState
 from lightning_gd.gradcheck.report import GradientReport
-from lightning_gd.gradcheck.twin import Copier, eager
+from lightning_gd.gradcheck.twin import Copier
 
 
 class Repeated:

@@ -1,8 +1,7 @@
 """Copies of modules and batches in another dtype."""
 
 import copy
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
 from functools import partial
 from types import CellType, FunctionType
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_gd.batch import tensors
@@ -218,40 +216,3 @@ def same(now: Tensor, before: Tensor) -> bool:
         return True
     nan = (now != now) & (before != before)
     return bool(((now == before) | nan).all())
-
-
-@contextmanager
-def eager(dtype: torch.dtype) -> Iterator[None]:
-    """Let autograd work inside a `with` block, without autocast and compilation.
-
-    New tensors are of that dtype, as Lightning has it in each precision.
-    """
-    usual = torch.get_default_dtype()
-    with (
-        ExitStack() as stack,
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(usual)
-
-
-class InFloat64(TorchFunctionMode):
-    """Computes in float64 where `.float()` or the dtype float32 is asked for."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        named = {name: _as_float64(value) for name, value in (kwargs or {}).items()}
-        return func(*map(_as_float64, args), **named)
-
-
-def _as_float64(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value

@@ -1,0 +1,68 @@
+"""Gradients through the graph of autograd, and what lies in it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def gradients_of(
+    loss: Tensor, parameters: Mapping[str, nn.Parameter], scale: float
+) -> dict[str, Tensor]:
+    """Return the gradients by `backward`, dense and zero where there is none; `grad` stays None."""
+    loss.backward(loss.new_full(loss.shape, scale))  # `autograd.grad` is not for every Function
+    found = {}
+    for name, parameter in parameters.items():
+        gradient, parameter.grad = parameter.grad, None
+        found[name] = torch.zeros_like(parameter) if gradient is None else dense(gradient)
+    return found
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """Return a gradient, of an embedding perhaps, as a dense tensor."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def padding_of(model: nn.Module) -> dict[str, int]:
+    """Return the rows of embeddings that get no gradient by design, by parameter."""
+    kinds, found = (nn.Embedding, nn.EmbeddingBag), {}
+    for name, parameter in model.named_parameters():
+        owners = (m for m in model.modules() if isinstance(m, kinds) and m.weight is parameter)
+        rows = [m.padding_idx for m in owners if m.padding_idx is not None]
+        found |= {name: rows[0]} if rows else {}
+    return found
+
+
+def functions_behind(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, set[str]]:
+    """Return the names of the custom `autograd.Function`s between the loss and each parameter."""
+    names = {id(p): name for name, p in parameters.items()}
+    found: dict[str, set[str]] = {}
+    start = loss.grad_fn
+    passed: dict[Any, set[str]] = {}
+    waiting = [(start, frozenset[str]())] if start is not None else []
+    while waiting:
+        node, above = waiting.pop()
+        custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+        here = above | {node.name().removesuffix("Backward")} if custom else above
+        if node in passed and here <= passed[node]:
+            continue
+        passed.setdefault(node, set()).update(here)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) in names:
+            found.setdefault(names[id(leaf)], set()).update(here)
+        waiting += [(following, here) for following, _ in node.next_functions if following]
+    return found
+
+
+def has_casts(loss: Tensor) -> bool:
+    """Tell whether a conversion between dtypes is differentiated on the way to the loss."""
+    seen, waiting = set[Any](), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            if node.name().startswith("ToCopy"):
+                return True
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return False
