@@ -1,5 +1,7 @@
 """Updates without the wrappers around `optimizer.step()` end as those with them, bit for bit."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.optim.optimizer as torchs
@@ -100,7 +102,7 @@ def test_several_layers_of_any_shape(make_trainer):
 class Sees(Callback):
     """Whether updates were replayed."""
 
-    def on_train_end(self, trainer, pl_module):
+    def on_train_end(self, trainer, pl_module: Any):
         self.replays = 0 if pl_module.replays is None else len(pl_module.replays)
 
 
