@@ -114,7 +114,7 @@ class GradientDescentModule(ConfiguredModule):
             step_schedulers(self, "epoch")
         if not self.step_losses:  # further batches are accumulated before an update
             return {}
-        loss = self.step_losses[-1][0].clone()
+        loss = self.step_losses[-1][0].clone()  # a CUDA graph writes there again
         self.log("train/loss", loss, prog_bar=True, logger=False)
         return {"loss": loss}
 

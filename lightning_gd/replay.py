@@ -142,6 +142,7 @@ class ReplayedUpdates(UpdatesOfStep):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._begun: list[Replay] = []  # recordings that were used in this step
+        self._memory: list[int] = []  # what a recording holds for, looked up once per step
 
     def makes(self, content: Any) -> bool:
         batch = as_batch(content)
@@ -165,9 +166,11 @@ class ReplayedUpdates(UpdatesOfStep):
     def _find(self, content: Any) -> Replay:
         module = self.module
         module.replays = module.replays or Replays()
-        momentum = [buffer for buffer in self.buffers if buffer is not None]
-        held = [*module.parameters(), *module.buffers(), *momentum]
-        holds = [v.data_ptr() for v in held], [self.group[name] for name in ("lr", *OPTIONS)]
+        if not self._memory:
+            momentum = [buffer for buffer in self.buffers if buffer is not None]
+            held = [*module.parameters(), *module.buffers(), *momentum]
+            self._memory = [values.data_ptr() for values in held]
+        holds = self._memory, [self.group[name] for name in ("lr", *OPTIONS)]
 
         def local(content: Any) -> tuple[Tensor, list[Tensor]]:
             return in_order(module, DataBatch(content), self.named)
