@@ -106,6 +106,7 @@ class GradientCheck(Tally, Callback):
         self._before: nn.Module | None = None  # the module before the update
         self._said: set[str] = set()
         self._share = 1  # of the optimizers that make an update by hand, one step each
+        self._wrapped: dict[str, Any] | None = None  # the attribute in place of a wrapped step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._sound = False
@@ -125,11 +126,13 @@ class GradientCheck(Tally, Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._repeated, self._before, self._steps = Repeated(RECORDS), None, []  # copies
+        self._unwrap(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep the batches of an update that is about to be checked, and the state before it."""
+        self._unwrap(pl_module)
         own = isinstance(pl_module, GradientDescentModule)
         if trainer.global_step != self._first:  # else they are accumulated over several steps
             self._first, self._steps = trainer.global_step, []
@@ -144,16 +147,23 @@ class GradientCheck(Tally, Callback):
             self._keep(pl_module, batch, batch_idx)
             return
         # The module's own hook comes after this one: keep what there is before `training_step`.
-        step, present = pl_module.training_step, vars(pl_module).get("training_step")
+        step, own_attributes = pl_module.training_step, vars(pl_module)
+        self._wrapped = {n: v for n, v in own_attributes.items() if n == "training_step"}
 
         @wraps(step)
         def kept(*args: Any, **kwargs: Any) -> Any:
-            vars(pl_module).pop("training_step")
-            vars(pl_module).update({"training_step": present} if present else {})
+            self._unwrap(pl_module)
             self._keep(pl_module, batch, batch_idx)
             return step(*args, **kwargs)
 
-        vars(pl_module)["training_step"] = kept
+        own_attributes["training_step"] = kept
+
+    def _unwrap(self, module: LightningModule) -> None:
+        """Give `training_step` back; a step that the module's own hook left out has not done it."""
+        if self._wrapped is not None:
+            vars(module).pop("training_step")
+            vars(module).update(self._wrapped)
+        self._wrapped = None
 
     def _keep(self, module: LightningModule, batch: Any, batch_idx: int) -> None:
         own = isinstance(module, GradientDescentModule)
