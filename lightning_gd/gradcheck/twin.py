@@ -1,7 +1,7 @@
 """Copies of modules and batches in another dtype."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from types import CellType, FunctionType
 from typing import Any
@@ -179,7 +179,8 @@ def converted(batch: Any, dtype: torch.dtype | None) -> Any:
             values = values.cpu()
         return values.to(dtype) if values.is_floating_point() else values
 
-    if hasattr(batch, "to") and hasattr(batch, "__dict__") and not isinstance(batch, Tensor):
+    known = isinstance(batch, (Tensor, tuple, list, Mapping))
+    if hasattr(batch, "to") and hasattr(batch, "__dict__") and not known:
         other = copy.copy(batch)
         vars(other).update({name: converted(value, dtype) for name, value in vars(batch).items()})
         return other
