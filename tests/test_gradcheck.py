@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from any_modules import Doubled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_modes import RandomRows, Rows, line
@@ -392,24 +393,14 @@ def test_what_changes_during_a_run_is_seen_by_later_checks(make_trainer, kind):
         trainer.fit(Penalized(kind).double(), RandomRows())
 
 
-class Enlarges(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return 1.2 * g
-
-
 class Later(LinearRegression):
     """From update 4 on the loss passes a wrong Function, and the formula has its mistake."""
 
     def factor(self):
-        return 1.2 if self.trainer.global_step >= 4 else 1.0
+        return 2.0 if self.trainer.global_step >= 4 else 1.0
 
     def loss(self, x, y):
-        prediction = self(x) if self.factor() == 1 else Enlarges.apply(self(x))
+        prediction = self(x) if self.factor() == 1 else Doubled.apply(self(x))
         return (prediction - y).square().mean()
 
     def gradients(self, x, y):

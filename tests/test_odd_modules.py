@@ -1,6 +1,7 @@
 """GradientCheck on modules that people write and few tests have: no false alarm, no miss."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from lightning_gd import GradientCheck, GradientError, check_gradients
+from lightning_gd.gradcheck.bench import Bench
+from lightning_gd.gradcheck.check import loss_of_step
+from lightning_gd.gradcheck.graph import precision_seen
+from lightning_gd.gradcheck.precision import eager
+from lightning_gd.gradcheck.randomness import RandomState
+from lightning_gd.gradcheck.twin import converted
 
 WARNS = "ignore:GradientCheck"
 
@@ -354,6 +361,62 @@ def test_batches_of_other_classes(make_trainer, kind):
     assert check.checks >= 4 and all(check.tested.values())
     with pytest.raises(GradientError, match="update 0"):
         fit(make_trainer, OfObjects(broken=True), batches, GradientCheck(2))
+
+
+class OfSequences(Base):
+    def __init__(self, broken=False):
+        super().__init__(broken)
+        self.net = nn.GRU(5, 3)
+
+    def training_step(self, batch, batch_idx):
+        return self.spoil(self.net(batch)[1]).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
+def test_packed_sequences_are_checked_in_float64(make_trainer):
+    parts = [[torch.randn(n, 5) for n in (4, 3, 1)] for _ in range(6)]
+    check, batches = GradientCheck(2), [nn.utils.rnn.pack_sequence(part) for part in parts]
+    fit(make_trainer, OfSequences(), batches, check)  # a note on the precision is an error here
+    assert check.tested["net.weight_ih_l0"] == check.checks >= 4
+    with pytest.raises(GradientError, match="update 0"):
+        fit(make_trainer, OfSequences(broken=True), batches, GradientCheck(2))
+
+
+class LeavesOut(Anneals):
+    """Its own hook leaves out the first epoch."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        super().on_train_batch_start(batch, batch_idx)
+        return -1 if self.current_epoch == 0 else None
+
+
+def test_a_step_that_is_left_out_leaves_nothing_behind(make_trainer):
+    module, check = LeavesOut(), GradientCheck(2)
+    fit(make_trainer, module, None, check)
+    assert check.checks >= 4 and all(check.tested.values())
+    module = LeavesOut()
+    trainer = make_trainer(max_epochs=1, precision="32-true", callbacks=[GradientCheck(2)])
+    trainer.fit(module, Batches(rows()))
+    assert trainer.global_step == 0 and "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize("kind", [Inverse, GradientPenalty])
+def test_graphs_are_kept_only_for_a_loss_that_needs_them(kind):
+    """A matrix that is singular at zeros raises the same error type as a loss without a graph."""
+    torch.manual_seed(1)
+    bench = Bench(kind(), rows()[0], partial(loss_of_step, batch_idx=0), RandomState.seeded(0))
+    with eager(torch.float64):
+        bench.batch = converted(bench.batch, torch.float64)
+        bench.moved(bench.loss(bench.start))
+    assert bench.with_graph == (kind is GradientPenalty)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_only_a_shorter_dtype_widens_a_bound(dtype):
+    x = torch.randn(4, 5, requires_grad=True)
+    with precision_seen() as seen:
+        x.to(dtype).square().sum()
+    assert max(seen) == torch.finfo(dtype).eps
 
 
 class Lock(Base):

@@ -43,7 +43,7 @@ class Bench:
         reference: Another loss with the same value, of plain operations; differences are its own.
         fresh: Every call finds the same attributes; else a formula that keeps some is noticed.
         scale: Factor of the loss in the backward pass; the gradients are divided by it.
-        rough: The relative error of a hand-written backward pass that computes in float32.
+        backward_error: Of a hand-written backward pass that computes in float32, relative.
         copied: The copy, if there is one in this dtype.
         draws: Whether the loss draws random numbers, if that is known.
     """
@@ -58,14 +58,15 @@ class Bench:
         reference: Loss | None = None,
         fresh: bool = True,
         scale: float = SCALE,
-        rough: float = 0.0,
+        backward_error: float = 0.0,
         copied: Any = None,
         draws: bool | None = None,
     ) -> None:
-        self.model, self.dtype, self.scale = copied or twin(model, dtype), dtype, scale
+        self.model = twin(model, dtype) if copied is None else copied
+        self.dtype, self.scale = dtype, scale
         self.batch = converted(batch, dtype)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
-        self.called, self.rough = "", rough  # the method that was called last
+        self.called, self.backward_error = "", backward_error  # the method that was called last
         self.eps = torch.finfo(dtype).eps
         self._loss, self._reference, self._state = loss, reference or loss, state
         self.attributes = Attributes(self.model) if fresh else None
@@ -153,8 +154,9 @@ class Bench:
         except RuntimeError:
             if self.with_graph:
                 raise
-        self.with_graph = True  # such as for the norm of a gradient
-        return self.loss(weights)
+        found = self._call(self._reference, "loss").item()
+        self.with_graph = True  # only now: outside of its domain the loss raises in any case
+        return found
 
     def loss_near(self, weights: Weights) -> float:
         """Return the loss after a step that may leave its domain; NaN where it raises."""

@@ -17,8 +17,8 @@ from lightning_gd.gradcheck.precision import InFloat64, eager
 from lightning_gd.gradcheck.randomness import RandomState, same_randomness
 from lightning_gd.gradcheck.report import GradientReport, NoLoss
 
-# Of a backward pass: in float32 it rounds by some 1e-6, and mistakes are 1e-3 and more.
-ROUGH = 1e-4
+# Relative, of a backward pass: in float32 it rounds by some 1e-6, and mistakes are 1e-3 and more.
+BACKWARD_ERROR = 1e-4
 
 
 def check_gradients(
@@ -103,10 +103,11 @@ def check_formula(
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
     raised = short = ""
     # Float64 first; then also where the model asks for float32; then its own dtype.
-    for dtype, lifted in {(torch.float64, False): 0, (torch.float64, True): 0, (own, False): 0}:
+    ways = [(torch.float64, False), (torch.float64, True), (own, False)]
+    for dtype, lifted in dict.fromkeys(ways):
         with eager(dtype), InFloat64() if lifted else nullcontext():
-            rough = ROUGH if lifted else 0.0
-            bench = Bench(model, batch, loss, state, dtype, reference, not explicit, rough=rough)
+            how = {"fresh": not explicit, "backward_error": BACKWARD_ERROR if lifted else 0.0}
+            bench = Bench(model, batch, loss, state, dtype, reference, **how)
             try:
                 if reference and bench.is_less_precise() and dtype != own:
                     short = f"the loss has less precision than {dtype}"

@@ -16,7 +16,7 @@ from lightning_gd.gradcheck.diagnosis import (
     name_reduction,
     ratio,
 )
-from lightning_gd.gradcheck.graph import gradients_of, has_casts
+from lightning_gd.gradcheck.graph import gradients_of, precision_seen
 from lightning_gd.gradcheck.point import Weights
 from lightning_gd.gradcheck.precision import eager
 from lightning_gd.gradcheck.randomness import RandomState, generators_of, torch_states
@@ -79,9 +79,8 @@ def check_delivered(
         trusted: The loss is made of plain operations.
     """
     dtype = next(model.parameters()).dtype
-    sums, why, is_cast = _local(model, delivery, dtype, 0)
-    if is_cast:  # as in a block of autocast inside the loss
-        delivery = replace(delivery, eps=max(delivery.eps, torch.finfo(torch.bfloat16).eps))
+    sums, why, eps = _local(model, delivery, dtype, 0)
+    delivery = replace(delivery, eps=max(delivery.eps, eps))  # of an autocast inside the loss
     same = _mean(delivery, sums[0])
     close = CLOSE * torch.finfo(dtype).eps * _most(same)
     report = _compared(delivery, same, dict.fromkeys(same, close))
@@ -123,23 +122,23 @@ def _compared(delivery: Delivery, mean: Weights, bounds: Mapping[str, float]) ->
 
 def _local(
     model: nn.Module, delivery: Delivery, dtype: torch.dtype, shakes: int
-) -> tuple[list[Tensor], str, bool]:
+) -> tuple[list[Tensor], str, float]:
     """Return the local gradients, and those near them, and why they cannot be had in float64.
 
-    And whether numbers are converted to another dtype on the way to the loss.
+    Last the eps of the shortest dtype on the way to the loss.
     """
-    sums, drawn, is_cast = [], False, False
+    sums, drawn, eps = [], False, 0.0
     for shake in range(shakes + 1):
         with eager(dtype):
             try:
-                found, draws, casts = _gradients(model, delivery, dtype, shake)
+                found, draws, seen = _gradients(model, delivery, dtype, shake)
             except Exception as error:
                 if not shakes:
                     raise
-                return [], first_line(error), False
+                return [], first_line(error), 0.0
             sums.append(found)
-            drawn, is_cast = drawn or draws, is_cast or casts
-    return sums, "the loss draws random numbers" if drawn else "", is_cast
+            drawn, eps = drawn or draws, max(eps, seen)
+    return sums, "the loss draws random numbers" if drawn else "", eps
 
 
 def _mean(delivery: Delivery, sums: Tensor) -> Weights:
@@ -150,10 +149,10 @@ def _mean(delivery: Delivery, sums: Tensor) -> Weights:
 
 def _gradients(
     model: nn.Module, delivery: Delivery, dtype: torch.dtype, shake: int
-) -> tuple[Tensor, bool, bool]:
+) -> tuple[Tensor, bool, float]:
     """Return weight · gradient of each part, flat, and last its weight.
 
-    And whether the loss draws random numbers, and converts some to another dtype.
+    And whether the loss draws random numbers, and the eps of the shortest dtype on the way to it.
     """
     copied, source = delivery.copy(model, dtype), torch.Generator().manual_seed(shake)
     own, eps = dtype == next(model.parameters()).dtype, delivery.eps * bool(shake)
@@ -161,7 +160,7 @@ def _gradients(
     trained = [named[name] for name in delivery.gradients]
     for parameter in copied.parameters() if eps else ():
         parameter.data = shaken(parameter.data, eps, source)
-    rows, drawn, is_cast, own_ones = [], False, False, generators_of(copied)
+    rows, drawn, shortest, own_ones = [], False, 0.0, generators_of(copied)
     for part in delivery.parts:
         flat = trained[0].new_zeros(sum(p.numel() for p in trained) + 1)
         if part.weight:
@@ -171,21 +170,22 @@ def _gradients(
                 part.state.restore()
             before = torch_states(own_ones)
             try:
-                with delivery.precision() if own else nullcontext():  # backward is outside of it
+                # `backward` is outside of autocast, as in the run.
+                with delivery.precision() if own else nullcontext(), precision_seen() as seen:
                     loss = part.loss(copied, batch)
             except NoLoss:  # Lightning makes no backward pass
                 flat[-1] = part.weight
                 rows.append(flat)
                 continue
             loss = part.scaled(loss)
-            is_cast |= own and delivery.replayed and has_casts(loss)
+            shortest = max([shortest, *seen])
             found = gradients_of(loss, dict(zip(delivery.gradients, trained, strict=True)), SCALE)
             drawn |= not all(map(torch.equal, before, torch_states(own_ones)))
             pieces = map(torch.flatten, found.values())
             flat = torch.cat([*pieces, SCALE * part.scaled(flat.new_ones(1))])
             flat = flat * (part.weight / flat[-1])
         rows.append(flat.detach())
-    return torch.stack(rows), drawn, is_cast
+    return torch.stack(rows), drawn, shortest
 
 
 def explained(gradients: Sequence[Tensor], eps: float, size: float = 0.0) -> float:

@@ -1,6 +1,7 @@
 """Gradients through the graph of autograd, and what lies in it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,14 +56,15 @@ def functions_behind(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[
     return found
 
 
-def has_casts(loss: Tensor) -> bool:
-    """Tell whether a conversion between dtypes is differentiated on the way to the loss."""
-    seen, waiting = set[Any](), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            if node.name().startswith("ToCopy"):
-                return True
-            seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
-    return False
+@contextmanager
+def precision_seen() -> Iterator[list[float]]:
+    """Collect the eps of the numbers that autograd saves inside a `with` block."""
+    found: list[float] = []
+
+    def pack(values: Tensor) -> Tensor:
+        if values.is_floating_point():
+            found.append(torch.finfo(values.dtype).eps)
+        return values
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda values: values):
+        yield found
