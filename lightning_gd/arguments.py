@@ -47,9 +47,16 @@ class UsageError(ValueError):
 
 def unknown(what: str, text: str, known: Iterable[str], form: str = "") -> str:
     """Return the message for a word that is not known, with the nearest that is."""
-    near = difflib.get_close_matches(text, known := list(known), n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(text, known := list(known), cutoff=0.5)
+    hint = f"did you mean {near!r}? " if near else ""
     return f"unknown {what} {text!r}: {hint}known: {', '.join(known)}{form}"
+
+
+def nearest(text: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return the known word that a text is most like, whatever its case; empty for none."""
+    lowered = {word.lower(): word for word in known}
+    near = difflib.get_close_matches(text.lower(), lowered, n=1, cutoff=cutoff)
+    return lowered[near[0]] if near else ""
 
 
 def check(words: Iterable[str]) -> None:
@@ -137,13 +144,13 @@ def _check_setting(
     if first in OPEN or first not in settings and shortened:
         return
     if first not in settings:
-        near = difflib.get_close_matches(first, settings, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(settings)}"
+        near = nearest(first, settings)
+        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(settings)}"
         raise UsageError(f"{label}: {part} has no setting {first!r}: {hint}")
     accepted = _alternatives(settings[first])
     if not rest and "" not in accepted and not any(_takes(form, value) for form in accepted):
-        near = difflib.get_close_matches(repr(value), accepted, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = nearest(repr(value), accepted)
+        hint = f"; did you mean {near}?" if near else ""
         forms = " or ".join(WORDS.get(form, form) for form in accepted)
         raise UsageError(f"{label}={value} must be {forms}{hint}")
 
@@ -192,14 +199,11 @@ def settings_of(part: str, name: str) -> dict[str, ast.expr | None]:
     found = _trainer() if part == "trainer" else _class(name)
     if found is None:
         return {}
-    made = next((f for f in found.body if isinstance(f, ast.FunctionDef) and _is_init(f)), None)
-    inherited = settings_of("", _base(found)) if made is None or made.args.kwarg else {}
-    arguments = [*made.args.args[1:], *made.args.kwonlyargs] if made else []
+    made = next((f for f in found.body if getattr(f, "name", "") == "__init__"), None)
+    form = made.args if isinstance(made, ast.FunctionDef) else None
+    inherited = settings_of("", _base(found)) if form is None or form.kwarg else {}
+    arguments = [*form.args[1:], *form.kwonlyargs] if form else []
     return {argument.arg: argument.annotation for argument in arguments} | inherited
-
-
-def _is_init(function: ast.FunctionDef) -> bool:
-    return function.name == "__init__"
 
 
 def _trainer() -> ast.ClassDef | None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LARGEST = 1e150  # the squares of larger numbers overflow float64
+from lightning_gd.columns import LARGEST, choose
 
 Block = tuple[Tensor, Tensor]  # x [n, D] and y [n]
 
@@ -32,30 +32,12 @@ def blocks(source: Any, target: str, features: Sequence[str] | None = None) -> I
             "as a DuckDB relation, a Polars or pandas DataFrame and a RecordBatchReader have"
         )
     reader = imported("an Arrow stream").RecordBatchReader.from_stream(source)
-    chosen = choose("the Arrow stream", reader.schema, target, features)
+    chosen = choose("the Arrow stream", reader.schema.names, target, features)
     yield block(reader.schema.empty_table(), target, chosen, "the Arrow stream", 0)
     first = 0
     for batch in reader:
         yield block(batch, target, chosen, "the Arrow stream", first)
         first += len(batch)
-
-
-def choose(
-    where: str, schema: Any, target: str | None, features: Sequence[str] | None
-) -> list[str]:
-    """Return the names of the features; raise ValueError for columns that are not there."""
-    names = schema.names
-    chosen = [name for name in names if name != target] if features is None else list(features)
-    for name in (*chosen, *([target] if target else [])):
-        if names.count(name) != 1:
-            what = "has no column" if name not in names else f"has {names.count(name)} columns"
-            raise ValueError(f"{where} {what} {name!r}: its columns: {', '.join(names)}")
-    if not chosen or target in chosen or len({*chosen}) < len(chosen):
-        raise ValueError(
-            f"features={chosen} must name one or more columns of {where}, each once and without "
-            f"the target {target!r}"
-        )
-    return chosen
 
 
 def block(table: Any, target: str | None, features: Sequence[str], where: str, first: int) -> Block:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gd.arrow import LARGEST
+from lightning_gd.columns import LARGEST
 
 LONGEST = 2**26  # characters of the header that are read
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gd import arrow
+from lightning_gd.columns import choose
 
 
 def is_parquet(path: str) -> bool:
@@ -37,7 +38,7 @@ class RowGroups:
         sizes: list[int] = []
         for file in _files(path):
             opened, first = _opened(file), 0
-            arrow.choose(file, opened.schema_arrow, target, features)
+            choose(file, opened.schema_arrow.names, target, features)
             arrow.block(opened.schema_arrow.empty_table(), target, features, file, 0)
             for number in range(opened.num_row_groups):
                 self.groups.append((file, number, first))

@@ -1,15 +1,14 @@
 """A table of the user's own, from a CSV file or from Parquet."""
 
-import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gd.columns import check, choose
 from lightning_gd.data.csvs import frame_of, header, values_of
 from lightning_gd.data.parquet import RowGroups, columns_of, is_parquet
 from lightning_gd.data.streams import StreamedTable
@@ -17,7 +16,6 @@ from lightning_gd.data.tensors import Table, TensorDataModule
 from lightning_gd.settings import number, whole_number
 
 LONGLEY = Path(__file__).with_name("longley.csv")
-SHOWN = 300  # characters of the names of the columns that an error shows
 
 Rows = tuple[Tensor, Tensor, Tensor]  # x [N, D], y [N], and the line of each row in the file [N]
 
@@ -74,7 +72,7 @@ class TableData(TensorDataModule):
         self.path, self.target, self.separator = path, target, separator
         whole_number("buffer_rows", buffer_rows, 1)
         self.test_fraction, self.test_path, self.buffer_rows = test_fraction, test_path, buffer_rows
-        self.features = _features(path, self._names(path), target, features)
+        self.features = choose(path, self._names(path), target, features, "--data.features")
         self.num_features = len(self.features)
         self.mean = torch.zeros(self.num_features, dtype=torch.float64)
         self.scale = torch.ones_like(self.mean)
@@ -136,7 +134,7 @@ class TableData(TensorDataModule):
         names = self._names(path)
         has_target = target_needed or self.target in names
         wanted = self.features + [self.target] * has_target
-        _check_names(path, wanted, names)
+        check(path, wanted, names)
         if is_parquet(path):
             groups = RowGroups(path, self.target if has_target else None, self.features)
             blocks = zip(groups.bounds, groups.bounds[1:], strict=False)
@@ -205,34 +203,6 @@ class Standardised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.scale
-
-
-def _features(path: str, names: list[str], target: str, chosen: list[str] | None) -> list[str]:
-    _check_names(path, [target, *(chosen or [])], names)
-    if "" in names and chosen is None:
-        raise ValueError(
-            f"column {names.index('') + 1} of {path} has no name (the index of a pandas table?): "
-            "set --data.features to the names of the others, such as '[a, b]'"
-        )
-    features = [name for name in names if name != target] if chosen is None else chosen
-    if not features or {"", target} & {*features} or len({*features}) < len(features):
-        raise ValueError(
-            f"features={features} must name one or more columns of {path}, each once and without "
-            f"the target {target!r}: set --data.features"
-        )
-    return list(features)
-
-
-def _check_names(path: str, wanted: list[str], names: list[str]) -> None:
-    known = {*names}
-    for name in wanted:
-        if name not in known:
-            lowered = {other.lower(): other for other in names}
-            near = difflib.get_close_matches(name.lower(), lowered, n=1)
-            hint = f"did you mean {lowered[near[0]]!r}? " if near else ""
-            hint = "is --data.separator right? " if len(names) == 1 else hint
-            some = shorten(", ".join(names), SHOWN, placeholder=" …")
-            raise ValueError(f"{path} has no column {name!r}: {hint}its columns: {some}")
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
