@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+
+from lightning_gd.files import whole
 
 FORMAT = 2  # of what this version adds to a checkpoint; another number is refused
 OURS = "lightning_gd"  # the key of it
@@ -167,36 +169,6 @@ class SafeCheckpointIO(CheckpointIO):
         kept = checkpoint.get("hyper_parameters", self.model.hparams_initial)  # or weights alone
         ours["left_out"] = sorted(self.model.hparams_initial.keys() - kept.keys())
         return checkpoint
-
-
-@contextlib.contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """Give another name to write to, then sync and rename: a failure leaves an old file untouched.
-
-    Only this process writes that name; what a killed one left of it is written over.
-    """
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # some file systems sync no folders
-        _sync_folder(target.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the directory so that the rename survives a crash (POSIX only)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _plain(value: Any) -> Any:

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
-from lightning_gd.checkpoints import whole
 from lightning_gd.data.table import TableData
 from lightning_gd.data.tensors import TensorDataModule
 from lightning_gd.evaluation import form
+from lightning_gd.files import whole
 
 ROWS = 32  # on which the file is compared with the model
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # that write and run ONNX

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gd.callbacks.run_folder import boards, description
-from lightning_gd.checkpoints import whole
 from lightning_gd.data.tables import Table
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.evaluation import evaluating
+from lightning_gd.files import whole
 from lightning_gd.leastsquares import LeastSquares
 from lightning_gd.loggers import run_folder
 from lightning_gd.module import GradientDescentModule

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_gd.checkpoints import whole
+from lightning_gd.files import whole
 from lightning_gd.loggers import run_folder
 
 
