@@ -7,7 +7,7 @@ from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAt
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
-from lightning_gd.logger import records
+from lightning_gd.event_file import records
 
 # One byte of a step holds 7 bits.
 STEPS = [0, 1, 127, 128, 129, 16_383, 16_384, 2**21 - 1, 2**21, 2**40]
