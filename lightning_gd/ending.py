@@ -33,6 +33,14 @@ def _lost(text: str) -> str:
     return f"another process of this run {did} ({detail})"
 
 
+def interrupted(number: int, updates: int) -> str:
+    """Return what is said of a run that a signal ended."""
+    return (
+        f"{signal.Signals(number).name} ended the run after {updates:,} updates: the same command "
+        "with --ckpt_path last continues it"
+    )
+
+
 def leave_together() -> None:
     """Leave the group of processes; otherwise one may abort while another still uses it."""
     if world_size() > 1:

@@ -3,11 +3,8 @@
 import atexit
 import inspect
 import logging
-import signal
 import warnings
-from collections.abc import Iterable
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -17,7 +14,6 @@ from jsonargparse.typing import lazy_instance
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -28,10 +24,9 @@ from lightning_gd.arguments import CALLBACKS
 from lightning_gd.checkpoints import check_class, check_shapes, read
 from lightning_gd.data.tensors import TensorDataModule, tensor_data
 from lightning_gd.export import check_target
-from lightning_gd.logger import RunLogger
-from lightning_gd.loggers import run_folder, run_logger, with_names, without
+from lightning_gd.loggers import for_run, run_folder, run_logger, with_names, without
 from lightning_gd.module import GradientDescentModule
-from lightning_gd.resume import find, run_of, settings_in
+from lightning_gd.resume import find, run_of, settings_in, start_of
 from lightning_gd.settings import check_precision, number
 
 TRAINER = {"enable_model_summary": False, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
@@ -99,7 +94,7 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments; the settings of a checkpoint come before what is typed."""
         if self.verb != "check":
-            _refuse_foreign_model(args)
+            verbs.refuse_foreign(args)
         if args != (others := without(args)):
             config = parser.parse_args(others)
             args = with_names(args, config.trainer.default_root_dir or LOGS, config.experiment)
@@ -120,24 +115,8 @@ class CommandLine(LightningCLI):
         words = [*args[:typed], "--config", yaml.safe_dump(below), *args[typed:]]
         self.config = parser.parse_args([*words, "--ckpt_path", file])
         self.continued = run_of(file) if self.verb == "fit" else None
-        self._say(file, theirs)
-
-    @rank_zero_only
-    def _say(self, file: str, theirs: dict[str, dict[str, Any]]) -> None:
-        """Print in one line where the run starts, and which typed settings won."""
-        parts = [f"from {file}, update {self.checkpoint['global_step']}"]
-        if self.verb == "fit" and self.continued is None:
-            parts.append("in a new run folder")
-        if "data" not in theirs:
-            parts.append("data not those of the checkpoint")
-        for part, values in theirs.items():
-            mine = self.config[part].init_args.as_dict()
-            parts += [
-                f"typed: {part}.{name} {mine[name]} instead of {value} of the checkpoint"
-                for name, value in values.items()
-                if name in mine and mine[name] != value
-            ]
-        print("; ".join(parts))
+        new = self.verb == "fit" and self.continued is None
+        rank_zero_only(print)(start_of(self.checkpoint, file, theirs, self.config, new))
 
     def before_instantiate_classes(self) -> None:
         """Infer num_features of the model from the data if it was not set."""
@@ -168,7 +147,8 @@ class CommandLine(LightningCLI):
             if entry["strategy"] is DDPStrategy:
                 entry["init_params"]["timeout"] = timedelta(seconds=config.process_timeout)
         if config.trainer.logger is not False:
-            kwargs["logger"] = self._loggers(config)
+            place = config.trainer.default_root_dir or LOGS, config.experiment, None
+            kwargs["logger"] = for_run(config.trainer.logger, self.continued, place)
         own = config.trainer.callbacks or []
         callbacks = list(own) if isinstance(own, list) else [own]
         callbacks += [config[key] for key in CALLBACKS if config[key] is not None]
@@ -177,17 +157,6 @@ class CommandLine(LightningCLI):
                 callbacks = [c for c in callbacks if not isinstance(c, kind)]
             kwargs[flag] = any(isinstance(c, kind) for c in callbacks)
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
-
-    def _loggers(self, config: Any) -> list[Logger]:
-        """Return the user's loggers and, last, the one with the folder of the run."""
-        typed = config.trainer.logger
-        own = list(typed) if isinstance(typed, Iterable) else [typed] * isinstance(typed, Logger)
-        boards = [logger for logger in own if isinstance(logger, RunLogger)]
-        if self.continued is None and boards:
-            return own
-        place = self.continued or (config.trainer.default_root_dir or LOGS, config.experiment, None)
-        others = [logger for logger in own if logger not in boards]
-        return [*others, RunLogger(*place, curves=bool(boards) or not others)]
 
     def execute(self) -> None:
         """Run the verb."""
@@ -199,10 +168,16 @@ class CommandLine(LightningCLI):
             verbs.export_trained(self.model, self.datamodule, self.checkpoint, file)
             return
         start = {"datamodule": self.datamodule, "ckpt_path": self.config.ckpt_path}
-        if self.verb != "fit":
-            self._say_where_weights_are_from()
-            getattr(self.trainer, self.verb)(self.model, **start)
+        if self.verb == "fit":
+            self._fit(**start)
             return
+        if not self.checkpoint:
+            words = "the model is not trained; --ckpt_path last takes that of the last run"
+            rank_zero_only(print)(f"WARNING: {words}")
+        getattr(self.trainer, self.verb)(self.model, **start)
+
+    def _fit(self, **start: Any) -> None:
+        """Train, test where that is asked for, and print the table."""
         logger, files = run_logger(self.trainer), self.checkpoint.get("curve_files")
         if logger is not None:
             logger.lock()
@@ -222,21 +197,12 @@ class CommandLine(LightningCLI):
             table.add(metrics)
             table.show(self.trainer)
         if self.interrupted and self.trainer.is_global_zero:
-            name = signal.Signals(self.interrupted).name
-            print(
-                f"{name} ended the run after {self.trainer.global_step:,} updates: the same "
-                "command with --ckpt_path last continues it"
-            )
+            print(ending.interrupted(self.interrupted, self.trainer.global_step))
 
     @property
     def interrupted(self) -> int:
         """The number of the signal that ended the fit; 0 for none."""
         return getattr(self.config_init["interrupt"], "received", 0)
-
-    @rank_zero_only
-    def _say_where_weights_are_from(self) -> None:
-        if not self.checkpoint:
-            print("WARNING: the model is not trained; --ckpt_path last takes that of the last run")
 
     def _has_test(self) -> bool:
         tables = tensor_data(self.trainer)
@@ -246,20 +212,6 @@ class CommandLine(LightningCLI):
 
 def _class(config: Any) -> Any:
     return locate(config.class_path)
-
-
-def _refuse_foreign_model(words: list[str]) -> None:
-    """Refuse another LightningModule, whose class the parser would say it cannot find."""
-    pairs = pairwise([part for word in words for part in word.split("=", 1)])
-    names = [value for option, value in pairs if option == "--model" and "." in value]
-    for name in names:
-        cls: Any = None if name.endswith((".yaml", ".yml")) else locate(name)
-        foreign = inspect.isclass(cls) and issubclass(cls, LightningModule)
-        if foreign and not issubclass(cls, GradientDescentModule):
-            raise ValueError(
-                f"{name} is not a GradientDescentModule: train it with Lightning's Trainer and "
-                "GradientCheck(); only the verb check accepts it"
-            )
 
 
 def _default_width(model: type) -> int | None:

@@ -1,6 +1,7 @@
 """The loggers of Lightning beside TensorBoard's: what they are given, and what looks at them."""
 
 import os
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,24 @@ def _with_names(entry: Any, root: str, experiment: str) -> Any:
     if not isinstance(typed, dict):
         raise ValueError(f"{OPTION}: the init_args {typed} of {kind} must map names to values")
     return {"class_path": kind, "init_args": {**given(name, root, experiment), **typed}}
+
+
+def for_run(
+    typed: Any, continued: tuple[str, str, int] | None, new: tuple[str, str, None]
+) -> list[Logger]:
+    """Return the user's loggers and, last, the one with the folder of the run.
+
+    Args:
+        typed: A logger, several, or what stands for the default one.
+        continued: Folder, experiment and number of the run that goes on, if there is one.
+        new: Folder and experiment of any other run.
+    """
+    own = list(typed) if isinstance(typed, Iterable) else [typed] * isinstance(typed, Logger)
+    boards = [logger for logger in own if isinstance(logger, RunLogger)]
+    if continued is None and boards:
+        return own
+    others = [logger for logger in own if logger not in boards]
+    return [*others, RunLogger(*(continued or new), curves=bool(boards) or not others)]
 
 
 def run_logger(trainer: Trainer) -> RunLogger | None:

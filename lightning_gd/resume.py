@@ -82,3 +82,29 @@ def settings_in(checkpoint: dict[str, Any], data: type) -> dict[str, dict[str, A
     if checkpoint[OURS].get("data") == class_name(data):
         found["data"] = settings_of(checkpoint, "datamodule_hyper_parameters")
     return found
+
+
+def start_of(
+    checkpoint: dict[str, Any], file: str, theirs: dict[str, Any], config: Any, is_new: bool
+) -> str:
+    """Return in one line where a run starts, and which typed settings won.
+
+    Args:
+        checkpoint: What it starts from.
+        file: Its file.
+        theirs: The settings of the model, and of the data, that are taken from it.
+        config: All settings of the run.
+        is_new: The run has a folder of its own.
+    """
+    parts = [f"from {file}, update {checkpoint['global_step']}"]
+    parts += ["in a new run folder"] * is_new
+    if "data" not in theirs:
+        parts.append("data not those of the checkpoint")
+    for part, values in theirs.items():
+        mine = config[part].init_args.as_dict()
+        parts += [
+            f"typed: {part}.{name} {mine[name]} instead of {value} of the checkpoint"
+            for name, value in values.items()
+            if name in mine and mine[name] != value
+        ]
+    return "; ".join(parts)

@@ -1,19 +1,38 @@
 """The verbs of the command line beside Lightning's: `check` and `export`."""
 
+import inspect
+from itertools import pairwise
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_gd.checked_update import draw
+from lightning_gd.batch import draw
 from lightning_gd.data.tensors import TensorDataModule
 from lightning_gd.export import export
 from lightning_gd.gradcheck import GradientReport, check_gradients
+from lightning_gd.module import GradientDescentModule
 
 CHECKED = 32  # rows
+
+
+def refuse_foreign(words: list[str]) -> None:
+    """Refuse another LightningModule, whose class the parser would say it cannot find."""
+    pairs = pairwise([part for word in words for part in word.split("=", 1)])
+    names = [value for option, value in pairs if option == "--model" and "." in value]
+    for name in names:
+        cls: Any = None if name.endswith((".yaml", ".yml")) else locate(name)
+        foreign = inspect.isclass(cls) and issubclass(cls, LightningModule)
+        if foreign and not issubclass(cls, GradientDescentModule):
+            raise ValueError(
+                f"{name} is not a GradientDescentModule: train it with Lightning's Trainer and "
+                "GradientCheck(); only the verb check accepts it"
+            )
 
 
 def check(model: Any, data: Any) -> None:
