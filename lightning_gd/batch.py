@@ -199,6 +199,12 @@ def take_rows(content: Any, rows: Tensor | slice) -> Any:
     return apply_to_collection(content, Tensor, taken)
 
 
+def draw(content: Any, rows: int, seed: int) -> Any:
+    """Return at most so many rows of a batch of any structure, drawn at random."""
+    order = torch.randperm(count_rows(content), generator=torch.Generator().manual_seed(seed))
+    return take_rows(content, order[:rows])
+
+
 @cache
 def is_current(cls: type, name: str, basis: tuple[str, ...] = BASIS) -> bool:
     """Tell whether method `name` still belongs to the formulas of `cls`.

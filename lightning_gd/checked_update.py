@@ -13,20 +13,22 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gd.batch import DataBatch, as_batch, call, count_rows, is_current, take_rows
+from lightning_gd.batch import DataBatch, as_batch, count_rows, draw, is_current
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum, world_size
 from lightning_gd.gradcheck.bench import Loss
-from lightning_gd.gradcheck.check import loss_of_step
+from lightning_gd.gradcheck.check import check_formula, loss_of_step, own_loss
 from lightning_gd.gradcheck.delivered import Delivery, Part
+from lightning_gd.gradcheck.graph import dense
 from lightning_gd.gradcheck.point import Weights
-from lightning_gd.gradcheck.precision import eager
-from lightning_gd.gradcheck.randomness import RandomState, torch_states
-from lightning_gd.gradcheck.twin import converted, twin
+from lightning_gd.gradcheck.randomness import RandomState
+from lightning_gd.gradcheck.repeated import Repeated
+from lightning_gd.gradcheck.report import GradientReport, ParameterReport
+from lightning_gd.gradcheck.row_mean import not_a_mean
+from lightning_gd.gradcheck.twin import twin
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.moments import MomentsBatch
 
-NOT_ROUNDING = 1e-4  # of a loss of a few rows in float32, which rounds by about 1e-6
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 SHORT = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -36,6 +38,10 @@ class Update:
 
     A GradientDescentModule takes the mean over the rows of all processes, any other module the
     mean over the batches of every process, and DDP the mean of those.
+
+    Attributes:
+        found: `p.grad` of the parameters that the optimizer trains, by name.
+        notes: What is to be said of the check.
     """
 
     def __init__(
@@ -46,8 +52,55 @@ class Update:
         self.explicit = self.own and not module.automatic_optimization
         several = isinstance(loss, list)
         self.given = loss[trainer.optimizers.index(optimizer)] if several else loss
-        self.reference = reference
-        self.rows, self.note = [0.0], ""
+        self.reference, self.rows, self.notes = reference, [0.0], list[str]()
+        self._is_compared = False  # whether the processes have as many rows
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        named = {n: p for n, p in module.named_parameters() if id(p) in trained and p.requires_grad}
+        if count := len(trained - {id(p) for p in module.parameters()}):
+            self.notes = [f"{count} tensors of the optimizer are no parameters of it: not checked"]
+        self.found: Weights = {
+            name: torch.zeros_like(p) if p.grad is None else dense(p.grad)
+            for name, p in named.items()
+        }
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether a scaler leaves the update out."""
+        scaled = self.trainer.precision == "16-mixed"
+        return scaled and not all(gradient.isfinite().all() for gradient in self.found.values())
+
+    def formula(
+        self,
+        before: nn.Module,
+        parts: list[Part],
+        state: RandomState,
+        rows: int,
+        repeated: Repeated | None,
+    ) -> tuple[GradientReport, bool]:
+        """Check the formula, or autograd; tell whether what is to come is of plain operations.
+
+        Args:
+            before: The module before the update.
+            parts: Its batches; on a process without rows nothing is checked.
+            state: The random state before the first of them, if the part has none.
+            rows: On which a formula is checked.
+            repeated: Checks a formula that was found right.
+        """
+        part = next((part for part in parts if part.weight), None)
+        if part is None:
+            return GradientReport(()), True
+        step, batch, loss = self.trainer.global_step, part.batch, part.loss
+        state = part.state or state
+        if self.own:
+            batch, state, loss = draw(batch, rows, step), RandomState.seeded(step), own_loss
+        several = self.trainer.world_size * len(parts) * self.trainer.accumulate_grad_batches > 1
+        if self.own and several and (words := not_a_mean(before, batch)):
+            return GradientReport((ParameterReport("loss", diagnosis=words),)), True
+        given, report = (before, batch, loss, state), None
+        if repeated is not None and self.explicit and self.reference is None:
+            report = repeated.report(*given)
+        report = report or check_formula(*given, self.explicit, self.reference)
+        return report, self.explicit or not report.functions
 
     def part(self, batch: Any, batch_idx: int, state: RandomState | None) -> Part:
         """Return a local batch, and how a copy of the module is asked for its loss."""
@@ -86,9 +139,10 @@ class Update:
         scale = 1.0 if scaler is None else scaler.get_scale()
         return lambda loss: loss * share / self.trainer.accumulate_grad_batches * scale
 
-    def delivery(self, parts: list[Part], gradients: Weights) -> Delivery:
+    def delivery(self, parts: list[Part], repeated: Repeated) -> Delivery:
         """Return what is compared: `p.grad`, and the mean of the gradients of the parts."""
         short = None if self.explicit else SHORT.get(str(self.trainer.precision))
+        gradients = self.found
         eps = torch.finfo(short or next(iter(gradients.values())).dtype).eps
         if self.reference is not None:
             parts = [replace(part, loss=self.reference) for part in parts]
@@ -102,11 +156,12 @@ class Update:
         def mean(sums: Tensor) -> Tensor:
             return self._mean(sums, sizes)
 
-        return Delivery(gradients, parts, mean, known, context, eps, replayed)
+        copy = repeated.copy if self.explicit else twin
+        return Delivery(gradients, parts, mean, known, context, eps, replayed, copy)
 
     def _mean(self, sums: Tensor, sizes: list[int]) -> Tensor:
         if not self.explicit:
-            if not self.own and self.trainer.world_size > 1 and not self.note:
+            if not self.own and self.trainer.world_size > 1 and not self._is_compared:
                 self._compare_rows(sums)
             sums = reduce_sum(sums)
             means = sums[:, :-1] / sums[:, -1:]
@@ -122,10 +177,11 @@ class Update:
         rows = sums.new_tensor(self.rows)
         weights = torch.stack([torch.ones_like(rows), rows, rows**2]).double()
         total = reduce_sum(weights @ sums.double())
+        self._is_compared = True
         (n, count, squares), (mean, by_rows) = total[:, -1], total[:2, :-1] / total[:2, -1:]
         if n * squares > count**2 * (1 + 1e-9):
             bias = float((mean - by_rows).norm() / by_rows.norm())
-            self.note = (
+            self.notes.append(
                 f"the batches of the {self.trainer.world_size} processes differ in rows: at update "
                 f"{self.trainer.global_step} the mean of their gradients, which DDP takes, differs "
                 f"by {bias:.2g} of its size from that of a loss that is a mean over all rows"
@@ -146,46 +202,6 @@ def refusal(trainer: Trainer, module: Any, loss: Any) -> str:
     if world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
         return "SyncBatchNorm communicates in the forward pass: check it on one process"
     return "it has complex parameters" if any(p.is_complex() for p in module.parameters()) else ""
-
-
-def own_loss(model: Any, batch: Any) -> Tensor:
-    """Return the loss that a GradientDescentModule defines."""
-    return call(model.loss, batch)
-
-
-def draw(content: Any, rows: int, seed: int) -> Any:
-    """Return at most so many rows of a batch of any structure, drawn at random."""
-    order = torch.randperm(count_rows(content), generator=torch.Generator().manual_seed(seed))
-    return take_rows(content, order[:rows])
-
-
-def not_a_mean(model: nn.Module, batch: Any) -> str:
-    """Say if the loss of some rows is not the mean of those of its parts, weighted by `rows`.
-
-    Nothing is said of a loss that draws random numbers, which are others for each part, nor of
-    parts without weight, whose mean is undefined.
-    """
-    copied, content = twin(model).eval(), converted(batch, None)
-    rows = count_rows(content)
-    if rows < 3:
-        return ""
-    cut = rows - rows // 3
-    parts = [content, *(take_rows(content, part) for part in (slice(cut), slice(cut, None)))]
-    with eager(torch.get_default_dtype()), torch.no_grad():
-        before = torch_states()
-        losses = [float(own_loss(copied, part)) for part in parts]
-        drawn = not all(map(torch.equal, before, torch_states()))
-    _, *weights = (float(copied.rows(part)) for part in parts)
-    if drawn or not all(weights) or weights == [1.0, 1.0]:  # the last of a sum
-        return ""
-    mean = sum(w * loss for w, loss in zip(weights, losses[1:], strict=True)) / sum(weights)
-    if abs(mean - losses[0]) <= NOT_ROUNDING * max(map(abs, losses)):
-        return ""
-    return (
-        f"the loss of {rows} rows is {losses[0]:.6g}, and the mean of those of its parts, "
-        f"weighted by rows(batch), is {mean:.6g}: on several processes or with accumulated "
-        "batches the gradient is another; let rows(batch) return what the loss divides by"
-    )
 
 
 def agree(holds: bool, device: torch.device) -> bool:

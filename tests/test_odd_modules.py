@@ -19,7 +19,7 @@ from lightning_gd.gradcheck.check import loss_of_step
 from lightning_gd.gradcheck.graph import precision_seen
 from lightning_gd.gradcheck.precision import eager
 from lightning_gd.gradcheck.randomness import RandomState
-from lightning_gd.gradcheck.twin import converted
+from lightning_gd.gradcheck.twin import converted, twin
 
 WARNS = "ignore:GradientCheck"
 
@@ -404,7 +404,8 @@ def test_a_step_that_is_left_out_leaves_nothing_behind(make_trainer):
 def test_graphs_are_kept_only_for_a_loss_that_needs_them(kind):
     """A matrix that is singular at zeros raises the same error type as a loss without a graph."""
     torch.manual_seed(1)
-    bench = Bench(kind(), rows()[0], partial(loss_of_step, batch_idx=0), RandomState.seeded(0))
+    loss = partial(loss_of_step, batch_idx=0)
+    bench = Bench(twin(kind(), torch.float64), rows()[0], loss, RandomState.seeded(0))
     with eager(torch.float64):
         bench.batch = converted(bench.batch, torch.float64)
         bench.moved(bench.loss(bench.start))

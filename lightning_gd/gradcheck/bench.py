@@ -1,4 +1,4 @@
-"""A copy of a model whose loss, gradients and slopes can be asked for at any weights."""
+"""A model whose loss, gradients and slopes can be asked for at any weights."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from lightning_gd.gradcheck.graph import functions_behind, gradients_of, padding
 from lightning_gd.gradcheck.point import AUTOGRAD, FORMULA, Point, Weights
 from lightning_gd.gradcheck.randomness import RandomState
 from lightning_gd.gradcheck.report import NoLoss
-from lightning_gd.gradcheck.twin import Attributes, converted, same, twin
+from lightning_gd.gradcheck.twin import Attributes, converted, same
 
 # Rounding per term of a sum, relative to the gradient. Terms that cancel are larger than it: 16 eps
 # were exceeded by 3 of 19,000 random models. Mistakes are 1e-3 and more.
@@ -30,27 +30,28 @@ Loss = Callable[[Any, Any], Tensor]  # of a model and a batch, shape []
 
 
 class Bench:
-    """A copy of a model in one dtype, on which every call finds the same buffers.
+    """A model in one dtype, on which every call finds the same buffers.
 
     If the loss draws random numbers, every call finds the same random state, too.
 
     Args:
-        model: Any module; nothing of it changes.
+        model: A copy, which changes.
         batch: What `loss` takes.
         loss: The loss of a model and a batch, differentiable by autograd.
         state: The random state before each call.
-        dtype: Of the copy, and of floating tensors of the batch.
+        dtype: Of the model; floating tensors of the batch are converted to it.
         reference: Another loss with the same value, of plain operations; differences are its own.
         fresh: Every call finds the same attributes; else a formula that keeps some is noticed.
         scale: Factor of the loss in the backward pass; the gradients are divided by it.
         backward_error: Of a hand-written backward pass that computes in float32, relative.
-        copied: The copy, if there is one in this dtype.
-        draws: Whether the loss draws random numbers, if that is known.
+
+    Attributes:
+        draws: Whether the loss draws random numbers; None before the first call.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         batch: Any,
         loss: Loss,
         state: RandomState,
@@ -59,18 +60,15 @@ class Bench:
         fresh: bool = True,
         scale: float = SCALE,
         backward_error: float = 0.0,
-        copied: Any = None,
-        draws: bool | None = None,
     ) -> None:
-        self.model = twin(model, dtype) if copied is None else copied
-        self.dtype, self.scale = dtype, scale
+        self.model, self.dtype, self.scale = model, dtype, scale
         self.batch = converted(batch, dtype)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.called, self.backward_error = "", backward_error  # the method that was called last
         self.eps = torch.finfo(dtype).eps
         self._loss, self._reference, self._state = loss, reference or loss, state
         self.attributes = Attributes(self.model) if fresh else None
-        self.draws = draws  # random numbers; None before the first call
+        self.draws: bool | None = None
         self.mutated = set[str]()  # parameters that a call changes in place
         self.padding = padding_of(self.model)
         # Buffers that a call assigns anew, and what they are before it.

@@ -16,6 +16,7 @@ from lightning_gd.gradcheck.comparison import Comparison
 from lightning_gd.gradcheck.precision import InFloat64, eager
 from lightning_gd.gradcheck.randomness import RandomState, same_randomness
 from lightning_gd.gradcheck.report import GradientReport, NoLoss
+from lightning_gd.gradcheck.twin import twin
 
 # Relative, of a backward pass: in float32 it rounds by some 1e-6, and mistakes are 1e-3 and more.
 BACKWARD_ERROR = 1e-4
@@ -70,8 +71,13 @@ def has_formula(model: Any) -> bool:
 def loss_of(model: nn.Module) -> Loss:
     """Return the function of a model and a batch that returns its loss."""
     if has_formula(model) or not isinstance(model, LightningModule):
-        return lambda model, batch: call(model.loss, batch)
+        return own_loss
     return partial(loss_of_step, batch_idx=0)
+
+
+def own_loss(model: Any, batch: Any) -> Tensor:
+    """Return the loss that the method `loss` of a model gives."""
+    return call(model.loss, batch)
 
 
 def loss_of_step(model: Any, batch: Any, batch_idx: int) -> Tensor:
@@ -107,7 +113,7 @@ def check_formula(
     for dtype, lifted in dict.fromkeys(ways):
         with eager(dtype), InFloat64() if lifted else nullcontext():
             how = {"fresh": not explicit, "backward_error": BACKWARD_ERROR if lifted else 0.0}
-            bench = Bench(model, batch, loss, state, dtype, reference, **how)
+            bench = Bench(twin(model, dtype), batch, loss, state, dtype, reference, **how)
             try:
                 if reference and bench.is_less_precise() and dtype != own:
                     short = f"the loss has less precision than {dtype}"

@@ -140,16 +140,16 @@ class _Form:
         found, near = bench.measure(bench.start).gradients[AUTOGRAD], []
         if bench.draws:
             return GradientReport((), f"not compared: random numbers differ in {truth}")
-        exact = Bench(
-            bench.model, bench.batch, self.plain or self.loss, self.state, truth, scale=1.0
-        )
+        loss, model = self.plain or self.loss, partial(twin, bench.model)
+        exact = Bench(model(truth), bench.batch, loss, self.state, truth, scale=1.0)
         batch = exact.batch
         for eps in (0.0, *[bench.eps] * SHAKES):
             exact.batch = shaken(batch, eps, self.random)
             near.append(exact.measure(shaken(exact.start, eps, self.random)).gradients[AUTOGRAD])
         short, reports = near[0], []
         if self.plain:
-            plain = Bench(bench.model, bench.batch, self.plain, self.state, bench.dtype, scale=1.0)
+            given = model(bench.dtype), bench.batch, self.plain, self.state, bench.dtype
+            plain = Bench(*given, scale=1.0)
             short = plain.measure(plain.start).gradients[AUTOGRAD]
         for name, value in exact.start.items():
             gradients, terms = [g[name] for g in near], max(1.0, self.numbers / value.numel())

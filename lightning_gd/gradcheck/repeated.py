@@ -37,8 +37,8 @@ class Repeated:
         """
         try:
             with eager(torch.float64):
-                known = {"copied": self.copy(model, torch.float64), "draws": self._draws}
-                bench = Bench(model, batch, loss, state, fresh=False, **known)
+                bench = Bench(self.copy(model, torch.float64), batch, loss, state, fresh=False)
+                bench.draws = self._draws
                 found = Comparison(bench, explicit=True).brief_report()
         except Exception:  # the check by differences says what it is
             return None
