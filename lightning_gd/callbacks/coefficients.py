@@ -1,6 +1,7 @@
 """The coefficients of a fit on a table, in the units of the table, beside the exact solution."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -46,43 +47,57 @@ class Coefficients(Callback):
         data, model = tensor_data(trainer), dict(pl_module.named_parameters())
         if not isinstance(data, TableData) or {"weight", "bias"} - set(model):
             return
-        weight, bias, train = model["weight"], model["bias"], data.tables["train"]
-        if weight.shape != (data.num_features,):
+        if model["weight"].shape != (data.num_features,):
             return
         parts, moments = {"train", "test"} & data.tables.keys(), {}
-        if train.on_disk:  # every process sums, also those that print nothing
+        if data.tables["train"].on_disk:  # every process sums, also those that print nothing
             moments = {part: data.summed(data.moments_of(part)) for part in sorted(parts)}
         if not trainer.is_global_zero:
             return
-        if moments:
-            best = moments["train"].optimum(bias.requires_grad)
-        else:
-            best = Optimum.of_rows(train.x, train.y, bias.requires_grad)
-        solution = pad(best.theta, (0, 1 - bias.requires_grad))
-        exact = data.coefficients(solution[:-1], solution[-1]).tolist()
-        found = data.coefficients(weight, bias).tolist()
-        errors = standard_errors(data, best).tolist()
-        apart = [a - b for a, b in zip(found, exact, strict=True)]
-        terms = [*data.features, "intercept"]
-        rows = list(zip(terms, found, exact, apart, errors, strict=True))
+        best = _best(data, moments, model["bias"].requires_grad)
+        rows = _rows(data, model["weight"], model["bias"], best)
         _print(data.target, rows)
-        pairs = zip(data.features, best.is_unique.tolist(), strict=True)
-        if free := [name for name, is_unique in pairs if not is_unique]:
-            some = ", ".join(free[:MOST_NAMED]) + ", …" * (len(free) > MOST_NAMED)
-            print(f"The rows do not determine the coefficients of {some} (constant or linearly")
-            print("dependent columns): the smallest solution is shown")
-        theta = torch.cat([weight, bias[None]]).detach().double().cpu()
+        _print_free(data, best)
+        theta = torch.cat([model["weight"], model["bias"][None]]).detach().double().cpu()
         for part in sorted(parts, reverse=True):
             print(f"{part}: {_quality(data.tables[part], moments.get(part), theta)}")
         if getattr(type(pl_module), "loss", None) is LinearRegression.loss:
-            far = _distance(theta, solution)
-            made = f"after {trainer.global_step:,} updates"
+            far, made = _distance(theta, _all_of(best)), f"after {trainer.global_step:,} updates"
             print(f"{made} {far:.2g} of the largest coefficient away from the exact one")
             kept, size = len(best.lengths), len(data.features)
             along = f" along {kept} of {size} directions" if kept < size else ""
             print(f"condition number {best.condition_number:.3g}{along}")
         if path := write_csv(trainer, "coefficients.csv", [HEADER, *rows]):
             print(f"every digit: {path}")
+
+
+def _best(data: TableData, moments: Mapping[str, Moments], bias: bool) -> Optimum:
+    if moments:
+        return moments["train"].optimum(bias)
+    return Optimum.of_rows(data.tables["train"].x, data.tables["train"].y, bias)
+
+
+def _all_of(best: Optimum) -> Tensor:
+    """Return (w*, b*), shape [D + 1], where b* is 0 without bias."""
+    return pad(best.theta, (0, int(best.bias is None)))
+
+
+def _rows(data: TableData, weight: Tensor, bias: Tensor, best: Optimum) -> Rows:
+    """Return what the table shows of each coefficient."""
+    *slopes, offset = _all_of(best)
+    exact = data.coefficients(torch.stack(slopes), offset).tolist()
+    found, errors = data.coefficients(weight, bias).tolist(), standard_errors(data, best).tolist()
+    apart = [a - b for a, b in zip(found, exact, strict=True)]
+    return list(zip([*data.features, "intercept"], found, exact, apart, errors, strict=True))
+
+
+def _print_free(data: TableData, best: Optimum) -> None:
+    """Name the coefficients that the rows do not determine."""
+    pairs = zip(data.features, best.is_unique.tolist(), strict=True)
+    if free := [name for name, is_unique in pairs if not is_unique]:
+        some = ", ".join(free[:MOST_NAMED]) + ", …" * (len(free) > MOST_NAMED)
+        print(f"The rows do not determine the coefficients of {some} (constant or linearly")
+        print("dependent columns): the smallest solution is shown")
 
 
 def _quality(table: Table, moments: Moments | None, theta: Tensor) -> str:

@@ -36,10 +36,9 @@ class Bench:
 
     Args:
         model: A copy, which changes.
-        batch: What `loss` takes.
+        batch: What `loss` takes; its floating tensors are converted to the dtype of the model.
         loss: The loss of a model and a batch, differentiable by autograd.
         state: The random state before each call.
-        dtype: Of the model; floating tensors of the batch are converted to it.
         reference: Another loss with the same value, of plain operations; differences are its own.
         fresh: Every call finds the same attributes; else a formula that keeps some is noticed.
         scale: Factor of the loss in the backward pass; the gradients are divided by it.
@@ -55,13 +54,14 @@ class Bench:
         batch: Any,
         loss: Loss,
         state: RandomState,
-        dtype: torch.dtype = torch.float64,
         reference: Loss | None = None,
         fresh: bool = True,
         scale: float = SCALE,
         backward_error: float = 0.0,
     ) -> None:
-        self.model, self.dtype, self.scale = model, dtype, scale
+        self.model, self.scale = model, scale
+        dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+        self.dtype = dtype = next(dtypes, torch.float64)
         self.batch = converted(batch, dtype)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.called, self.backward_error = "", backward_error  # the method that was called last
@@ -81,14 +81,15 @@ class Bench:
         self.changed = set[str]()  # what is changed in place by what
         self.generator = torch.Generator().manual_seed(int(state.torch[0].sum()))
         self.rows = count_rows(self.batch) or 1
-        numbers = sum(t.numel() for t in tensors(self.batch)) // self.rows
-        widest = max(size for value in self.start.values() for size in (*value.shape, 1))
-        self.rounding = ROUNDING * self.eps * (self.rows + numbers + widest)  # of a sum, relative
+        self.rounding = ROUNDING * self.eps * self._terms()  # of a sum, relative
         if not fresh:  # a formula may give the gradients of frozen parameters, too
             self.model.requires_grad_()
         self.with_graph = False  # the loss differentiates inside itself
-        # Of differences: the error of the formula and the rounding of the loss are alike there.
-        self.steps = [self.eps ** (1 / 3) * factor for factor in (1, 1 / 16, 16)]
+
+    def _terms(self) -> int:
+        """Return the number of terms in the sums: rows, numbers per row, and of the parameters."""
+        numbers = sum(t.numel() for t in tensors(self.batch)) // self.rows
+        return self.rows + numbers + max(n for v in self.start.values() for n in (*v.shape, 1))
 
     def measure(self, weights: Weights, method: str | None = None) -> Point:
         """Return the loss, its gradient by autograd, and that of the formula of a method."""

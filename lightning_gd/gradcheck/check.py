@@ -113,7 +113,7 @@ def check_formula(
     for dtype, lifted in dict.fromkeys(ways):
         with eager(dtype), InFloat64() if lifted else nullcontext():
             how = {"fresh": not explicit, "backward_error": BACKWARD_ERROR if lifted else 0.0}
-            bench = Bench(twin(model, dtype), batch, loss, state, dtype, reference, **how)
+            bench = Bench(twin(model, dtype), batch, loss, state, reference, **how)
             try:
                 if reference and bench.is_less_precise() and dtype != own:
                     short = f"the loss has less precision than {dtype}"

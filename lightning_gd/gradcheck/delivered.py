@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ SHAKES = 4  # times that weights and rows are changed in their last digit
 # rows does. Products in bfloat16 and float16 are added up in float32.
 SAFETY, SAFETY_SHORT = 32, 8
 CLOSE = 64  # eps: between two ways to the same sums
+DRAWS = "the loss draws random numbers"
 
 
 @dataclass(frozen=True)
@@ -79,21 +81,19 @@ def check_delivered(
         trusted: The loss is made of plain operations.
     """
     dtype = next(model.parameters()).dtype
-    sums, why, eps = _local(model, delivery, dtype, 0)
-    delivery = replace(delivery, eps=max(delivery.eps, eps))  # of an autocast inside the loss
-    same = _mean(delivery, sums[0])
+    local = _Local(model, delivery, dtype)
+    same = _mean(delivery, local.gradients())
+    delivery = replace(delivery, eps=max(delivery.eps, local.eps))  # of an autocast inside the loss
     close = CLOSE * torch.finfo(dtype).eps * _most(same)
     report = _compared(delivery, same, dict.fromkeys(same, close))
     right = agree(report.ok)
     if right and trusted or delivery.replayed and not right:
         return report
-    drawn = why
-    if not why:
-        sums, why, _ = _local(model, delivery, torch.float64, SHAKES)
+    sums, why = _in_float64(model, delivery) if not local.draws else ([], DRAWS)
     if not agree(not why):
         # A Function for one dtype was compared with differences in it.
         told = f"p.grad was not compared in float64: {why or 'another process cannot'}"
-        return replace(report, note="" if delivery.replayed and not drawn else told)
+        return replace(report, note="" if delivery.replayed and not local.draws else told)
     mean, *near = (_mean(delivery, each) for each in sums)
     safety = SAFETY_SHORT if delivery.eps > torch.finfo(dtype).eps else SAFETY
     noise, bounds = delivery.eps * _most(mean), {}
@@ -102,6 +102,16 @@ def check_delivered(
         bounds[name] = safety * (spread + noise)
     exact = _compared(delivery, mean, bounds)
     return report if right and agree(exact.ok) else exact
+
+
+def _in_float64(model: nn.Module, delivery: Delivery) -> tuple[list[Tensor], str]:
+    """Return the local gradients, and those near them, or why they cannot be had in float64."""
+    local = _Local(model, delivery, torch.float64)
+    try:
+        sums = [local.gradients(shake) for shake in range(SHAKES + 1)]
+    except Exception as error:
+        return [], first_line(error)
+    return sums, DRAWS if local.draws else ""
 
 
 def _most(gradients: Weights) -> float:
@@ -120,72 +130,73 @@ def _compared(delivery: Delivery, mean: Weights, bounds: Mapping[str, float]) ->
     return GradientReport(tuple(reports))
 
 
-def _local(
-    model: nn.Module, delivery: Delivery, dtype: torch.dtype, shakes: int
-) -> tuple[list[Tensor], str, float]:
-    """Return the local gradients, and those near them, and why they cannot be had in float64.
-
-    Last the eps of the shortest dtype on the way to the loss.
-    """
-    sums, drawn, eps = [], False, 0.0
-    for shake in range(shakes + 1):
-        with eager(dtype):
-            try:
-                found, draws, seen = _gradients(model, delivery, dtype, shake)
-            except Exception as error:
-                if not shakes:
-                    raise
-                return [], first_line(error), 0.0
-            sums.append(found)
-            drawn, eps = drawn or draws, max(eps, seen)
-    return sums, "the loss draws random numbers" if drawn else "", eps
-
-
 def _mean(delivery: Delivery, sums: Tensor) -> Weights:
     sizes = [value.numel() for value in delivery.gradients.values()]
     pieces = zip(delivery.gradients.items(), delivery.mean(sums).double().split(sizes), strict=True)
     return {name: piece.view(value.shape) for (name, value), piece in pieces}
 
 
-def _gradients(
-    model: nn.Module, delivery: Delivery, dtype: torch.dtype, shake: int
-) -> tuple[Tensor, bool, float]:
-    """Return weight · gradient of each part, flat, and last its weight.
+class _Local:
+    """Gradients of the local parts of an update, on copies of the model in one dtype.
 
-    And whether the loss draws random numbers, and the eps of the shortest dtype on the way to it.
+    Attributes:
+        draws: Whether the loss draws random numbers, of what was asked for so far.
+        eps: Of the shortest dtype on the way to the loss.
     """
-    copied, source = delivery.copy(model, dtype), torch.Generator().manual_seed(shake)
-    own, eps = dtype == next(model.parameters()).dtype, delivery.eps * bool(shake)
-    named = dict(copied.named_parameters())
-    trained = [named[name] for name in delivery.gradients]
-    for parameter in copied.parameters() if eps else ():
-        parameter.data = shaken(parameter.data, eps, source)
-    rows, drawn, shortest, own_ones = [], False, 0.0, generators_of(copied)
-    for part in delivery.parts:
-        flat = trained[0].new_zeros(sum(p.numel() for p in trained) + 1)
-        if part.weight:
-            kept = part.batch if own and part.pure else converted(part.batch, dtype)
-            batch = shaken_batch(kept, eps, source) if eps else kept
-            if part.state is not None:
-                part.state.restore()
-            before = torch_states(own_ones)
-            try:
-                # `backward` is outside of autocast, as in the run.
-                with delivery.precision() if own else nullcontext(), precision_seen() as seen:
-                    loss = part.loss(copied, batch)
-            except NoLoss:  # Lightning makes no backward pass
-                flat[-1] = part.weight
-                rows.append(flat)
-                continue
-            loss = part.scaled(loss)
-            shortest = max([shortest, *seen])
-            found = gradients_of(loss, dict(zip(delivery.gradients, trained, strict=True)), SCALE)
-            drawn |= not all(map(torch.equal, before, torch_states(own_ones)))
-            pieces = map(torch.flatten, found.values())
-            flat = torch.cat([*pieces, SCALE * part.scaled(flat.new_ones(1))])
-            flat = flat * (part.weight / flat[-1])
-        rows.append(flat.detach())
-    return torch.stack(rows), drawn, shortest
+
+    def __init__(self, model: nn.Module, delivery: Delivery, dtype: torch.dtype) -> None:
+        self.model, self.delivery, self.dtype = model, delivery, dtype
+        self.is_own = dtype == next(model.parameters()).dtype
+        self.draws, self.eps = False, 0.0
+
+    def gradients(self, shake: int = 0) -> Tensor:
+        """Return weight · gradient of each part, flat, and last its weight, shape [n, P + 1].
+
+        A `shake` above 0 is the seed of random changes of weights and rows by eps.
+        """
+        given, source = self.delivery, torch.Generator().manual_seed(shake)
+        with eager(self.dtype):
+            copied = given.copy(self.model, self.dtype)
+            for parameter in copied.parameters() if shake else ():
+                parameter.data = shaken(parameter.data, given.eps, source)
+            changed = partial(shaken_batch, eps=given.eps, source=source) if shake else None
+            return torch.stack([self._of(part, copied, changed) for part in given.parts])
+
+    def _of(self, part: Part, copied: Any, changed: Callable[[Any], Any] | None) -> Tensor:
+        named = dict(copied.named_parameters())
+        trained = {name: named[name] for name in self.delivery.gradients}
+        like = next(iter(trained.values()))
+        flat = like.new_zeros(sum(p.numel() for p in trained.values()) + 1)
+        if not part.weight:
+            return flat
+        is_kept = self.is_own and part.pure
+        batch = part.batch if is_kept else converted(part.batch, self.dtype)
+        found = self._found(part, copied, changed(batch) if changed else batch, trained)
+        if found is None:  # Lightning makes no backward pass
+            flat[-1] = part.weight
+            return flat
+        scale = SCALE * part.scaled(flat.new_ones(1))
+        flat = torch.cat([*map(torch.flatten, found.values()), scale])
+        return (flat * (part.weight / flat[-1])).detach()
+
+    def _found(
+        self, part: Part, copied: Any, batch: Any, trained: dict[str, nn.Parameter]
+    ) -> Weights | None:
+        """Return the gradients of a part, times `SCALE`; None without a loss."""
+        if part.state is not None:
+            part.state.restore()
+        before = torch_states(generators := generators_of(copied))
+        # `backward` is outside of autocast, as in the run.
+        autocast = self.delivery.precision() if self.is_own else nullcontext()
+        try:
+            with autocast, precision_seen() as seen:
+                loss = part.loss(copied, batch)
+        except NoLoss:
+            return None
+        self.eps = max([self.eps, *seen])
+        found = gradients_of(part.scaled(loss), trained, SCALE)
+        self.draws |= not all(map(torch.equal, before, torch_states(generators)))
+        return found
 
 
 def explained(gradients: Sequence[Tensor], eps: float, size: float = 0.0) -> float:

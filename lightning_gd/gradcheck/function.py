@@ -118,7 +118,7 @@ class _Form:
             return GradientReport((), f"not supported: {first_line(error)}")
         if dtype == truth == torch.float64 and self.is_short and self.size:
             return GradientReport((), "not supported: its outputs are numbers of float32")
-        bench = Bench(model, case.inputs, self.loss, self.state, dtype, self.plain, scale=1.0)
+        bench = Bench(model, case.inputs, self.loss, self.state, self.plain, scale=1.0)
         moved = {name: self._shrunk(value) for name, value in bench.start.items()}
         try:
             if dtype == truth:
@@ -141,15 +141,14 @@ class _Form:
         if bench.draws:
             return GradientReport((), f"not compared: random numbers differ in {truth}")
         loss, model = self.plain or self.loss, partial(twin, bench.model)
-        exact = Bench(model(truth), bench.batch, loss, self.state, truth, scale=1.0)
+        exact = Bench(model(truth), bench.batch, loss, self.state, scale=1.0)
         batch = exact.batch
         for eps in (0.0, *[bench.eps] * SHAKES):
             exact.batch = shaken(batch, eps, self.random)
             near.append(exact.measure(shaken(exact.start, eps, self.random)).gradients[AUTOGRAD])
         short, reports = near[0], []
         if self.plain:
-            given = model(bench.dtype), bench.batch, self.plain, self.state, bench.dtype
-            plain = Bench(*given, scale=1.0)
+            plain = Bench(model(bench.dtype), bench.batch, self.plain, self.state, scale=1.0)
             short = plain.measure(plain.start).gradients[AUTOGRAD]
         for name, value in exact.start.items():
             gradients, terms = [g[name] for g in near], max(1.0, self.numbers / value.numel())

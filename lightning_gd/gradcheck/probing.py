@@ -9,6 +9,9 @@ from lightning_gd.gradcheck.bench import Bench
 from lightning_gd.gradcheck.point import AUTOGRAD, Point, Weights
 from lightning_gd.gradcheck.twin import shaken, shaken_batch
 
+# Of the length at which the error of central differences and the rounding of the loss are alike.
+FACTORS = (1, 1 / 16, 16)
+
 
 def slope_of(bench: Bench, point: Point, way: Weights, exact: float) -> tuple[float, float]:
     """Return the derivative of the loss along a direction, and how uncertain it is.
@@ -24,7 +27,7 @@ def slope_of(bench: Bench, point: Point, way: Weights, exact: float) -> tuple[fl
         exact: The uncertainty that is small enough.
     """
     best, noise = (math.nan, math.inf), _noise(bench, point)
-    for step in bench.steps:
+    for step in (bench.eps ** (1 / 3) * factor for factor in FACTORS):
         sides = [_one_sided(bench, point, way, s * step) for s in (-1, 1, -1 / 8, 1 / 8)]
         left, right, near_left, near_right = sides
         slope = (near_left + near_right) / 2
