@@ -25,7 +25,7 @@ from lightning_gd.gradcheck.randomness import RandomState
 from lightning_gd.gradcheck.repeated import Repeated
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
 from lightning_gd.gradcheck.row_mean import not_a_mean
-from lightning_gd.gradcheck.twin import twin
+from lightning_gd.gradcheck.twin import same, twin
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.moments import MomentsBatch
 
@@ -143,7 +143,7 @@ class Update:
         """Return what is compared: `p.grad`, and the mean of the gradients of the parts."""
         short = None if self.explicit else SHORT.get(str(self.trainer.precision))
         gradients = self.found
-        eps = torch.finfo(short or next(iter(gradients.values())).dtype).eps
+        eps = max(torch.finfo(short or gradient.dtype).eps for gradient in gradients.values())
         if self.reference is not None:
             parts = [replace(part, loss=self.reference) for part in parts]
         replayed = self.module.automatic_optimization and not (self.given or self.reference)
@@ -213,10 +213,14 @@ def agree(holds: bool, device: torch.device) -> bool:
 
 @contextmanager
 def muted(trainer: Trainer) -> Iterator[None]:
-    """Give the module no logger inside a `with` block, and undo what it does to the Trainer."""
+    """Give the module no logger inside a `with` block, and undo what it does to the Trainer.
+
+    Its buffers are undone, too: a function may refer to it by a global name.
+    """
     loggers, silent = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     settings, stops = [dict(group) for group in groups], trainer.should_stop
+    buffers = [(buffer, buffer.detach().clone()) for buffer in trainer.lightning_module.buffers()]
     trainer.loggers = silent  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
@@ -224,3 +228,6 @@ def muted(trainer: Trainer) -> Iterator[None]:
         trainer.loggers, trainer.should_stop = loggers, stops
         for group, kept in zip(groups, settings, strict=True):
             group.update(kept)
+        for buffer, value in buffers:
+            if not same(buffer, value):
+                buffer.detach().copy_(value)

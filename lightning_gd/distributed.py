@@ -1,6 +1,7 @@
 """Sums and means over processes: the only file that calls a collective."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,22 @@ def differing(named: Mapping[str, Tensor]) -> list[str]:
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         if (ends[0] != -ends[1]).any():
             found.append(name)
+    return found
+
+
+def alone(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function; raise RuntimeError if it communicated with other processes."""
+    if world_size() == 1:
+        return function(*args)
+    from torch.distributed.tensor.debug import CommDebugMode  # it takes a while to import
+
+    with CommDebugMode() as seen:
+        found = function(*args)
+    if seen.get_total_counts():
+        raise RuntimeError(
+            "it communicates with other processes, which a check cannot repeat as often on each: "
+            "check it on one process, or give loss= without that"
+        )
     return found
 
 

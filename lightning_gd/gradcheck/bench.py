@@ -2,23 +2,31 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gd.batch import call, count_rows, tensors
-from lightning_gd.gradcheck.graph import functions_behind, gradients_of, padding_of
+from lightning_gd.distributed import alone
+from lightning_gd.gradcheck.graph import (
+    functions_behind,
+    gradients_of,
+    padding_of,
+    precision_seen,
+)
 from lightning_gd.gradcheck.point import AUTOGRAD, FORMULA, Point, Weights
+from lightning_gd.gradcheck.precision import InFloat64
 from lightning_gd.gradcheck.randomness import RandomState
 from lightning_gd.gradcheck.report import NoLoss
+from lightning_gd.gradcheck.stepping import step_length
 from lightning_gd.gradcheck.twin import Attributes, converted, same
 
 # Rounding per term of a sum, relative to the gradient. Terms that cancel are larger than it: 16 eps
 # were exceeded by 3 of 19,000 random models. Mistakes are 1e-3 and more.
 ROUNDING = 1024
-LENGTHS = [2.0**power for power in range(-21, 10)]  # tried for a random step
-GUESSES = 4  # of them that are guessed from the one before; the rest is bisection
 AGAIN = (
     "when it is asked again for the same batch, weights, buffers and random numbers: "
     "give loss=, a function of the module and the batch alone"
@@ -42,9 +50,10 @@ class Bench:
         reference: Another loss with the same value, of plain operations; differences are its own.
         fresh: Every call finds the same attributes; else a formula that keeps some is noticed.
         scale: Factor of the loss in the backward pass; the gradients are divided by it.
-        backward_error: Of a hand-written backward pass that computes in float32, relative.
 
     Attributes:
+        lifted: What lets the loss compute in float64 where it asks for less, if anything does.
+        is_strict: Whether a loss that computes in a shorter dtype is refused.
         draws: Whether the loss draws random numbers; None before the first call.
     """
 
@@ -57,14 +66,15 @@ class Bench:
         reference: Loss | None = None,
         fresh: bool = True,
         scale: float = SCALE,
-        backward_error: float = 0.0,
     ) -> None:
         self.model, self.scale = model, scale
         dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
         self.dtype = dtype = next(dtypes, torch.float64)
         self.batch = converted(batch, dtype)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
-        self.called, self.backward_error = "", backward_error  # the method that was called last
+        self.called = ""  # the method that was called last
+        self.lifted: InFloat64 | None = None
+        self.is_strict = False
         self.eps = torch.finfo(dtype).eps
         self._loss, self._reference, self._state = loss, reference or loss, state
         self.attributes = Attributes(self.model) if fresh else None
@@ -94,7 +104,8 @@ class Bench:
     def measure(self, weights: Weights, method: str | None = None) -> Point:
         """Return the loss, its gradient by autograd, and that of the formula of a method."""
         self._place(weights)
-        loss = self._watched(self._loss, "loss")
+        with precision_seen() if self.is_strict else nullcontext([]) as seen:
+            loss = self._watched(self._loss, "loss")
         if loss.numel() != 1:
             raise ValueError(f"it has shape {list(loss.shape)}, and a loss is one number")
         if not loss.isfinite():
@@ -102,13 +113,13 @@ class Bench:
                 raise NoLoss(f"it is {loss.item()} on this batch")
             raise ValueError(f"it is {loss.item()} after a random step of the weights")
         self.functions = self.functions or functions_behind(loss, self.parameters)
-        found = gradients_of(loss, self.parameters, self.scale)
+        found = gradients_of(loss, self.parameters, self.scale, self.model)
         gradients = {AUTOGRAD: {n: gradient / self.scale for n, gradient in found.items()}}
         if method:
             gradients[FORMULA] = self.formula(method, weights)
         own = self._reference is self._loss
-        if own and torch.finfo(loss.dtype).eps > self.eps:
-            raise TypeError(f"it computes in {loss.dtype}")
+        if own and max([torch.finfo(loss.dtype).eps, *seen]) > self.eps:
+            raise TypeError(f"it computes in less precision than {self.dtype}")
         first = loss.item()
         again = not own or self.attributes and weights is self.start
         value = self.loss(weights) if again else first
@@ -181,19 +192,10 @@ class Bench:
         def after(length: float) -> Weights:
             return {**self.start, **{n: self.start[n] + length * v for n, v in way.items()}}
 
-        short, long = -1, len(LENGTHS)  # of which the one is too short, the other long enough
-        is_finite, guess, guesses = True, long // 2, 0  # of the loss at the longer one
-        while long - short > 1:
-            tried = min(max(guess, short + 1), long - 1)
-            change = abs(self.loss_near(after(LENGTHS[tried])) - loss)
-            if change < wanted:
-                short = tried
-            else:  # also nan
-                long, is_finite = tried, math.isfinite(change)
-            guess, guesses = (short + long) // 2, guesses + 1
-            if guesses < GUESSES and 0 < change / wanted < math.inf:  # it mostly grows as length²
-                guess = tried - math.floor(math.log2(change / wanted) / 2)
-        return after(LENGTHS[min(long, len(LENGTHS) - 1) if is_finite or short < 0 else short])
+        def change(length: float) -> float:
+            return abs(self.loss_near(after(length)) - loss)
+
+        return after(step_length(change, wanted))
 
     def random(self, like: Tensor) -> Tensor:
         """Return normal random numbers in the shape of a parameter."""
@@ -234,7 +236,8 @@ class Bench:
         if self.attributes:
             self.attributes.restore()
         self._given = converted(self.batch, None)
-        found = function(self.model, self._given)
+        asked = partial(alone, function) if self.draws is None else function
+        found = asked(self.model, self._given)
         if self.draws is None:
             self.draws = not self._state.is_present()
         return found

@@ -18,9 +18,6 @@ from lightning_gd.gradcheck.randomness import RandomState, same_randomness
 from lightning_gd.gradcheck.report import GradientReport, NoLoss
 from lightning_gd.gradcheck.twin import twin
 
-# Relative, of a backward pass: in float32 it rounds by some 1e-6, and mistakes are 1e-3 and more.
-BACKWARD_ERROR = 1e-4
-
 
 def check_gradients(
     model: nn.Module,
@@ -108,12 +105,13 @@ def check_formula(
     """Check the formula of a model, or autograd; see `check_gradients`."""
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
     raised = short = ""
-    # Float64 first; then also where the model asks for float32; then its own dtype.
+    # Float64 first; then also where the model asks for a shorter dtype; then its own dtype.
     ways = [(torch.float64, False), (torch.float64, True), (own, False)]
-    for dtype, lifted in dict.fromkeys(ways):
-        with eager(dtype), InFloat64() if lifted else nullcontext():
-            how = {"fresh": not explicit, "backward_error": BACKWARD_ERROR if lifted else 0.0}
-            bench = Bench(twin(model, dtype), batch, loss, state, reference, **how)
+    for number, (dtype, is_lifted) in enumerate(dict.fromkeys(ways)):
+        lifted = InFloat64() if is_lifted else None
+        with eager(dtype), lifted or nullcontext():
+            bench = Bench(twin(model, dtype), batch, loss, state, reference, not explicit)
+            bench.lifted, bench.is_strict = lifted, number == 0
             try:
                 if reference and bench.is_less_precise() and dtype != own:
                     short = f"the loss has less precision than {dtype}"
@@ -125,7 +123,7 @@ def check_formula(
             except Exception as error:  # whatever a model raises belongs in the report
                 raised = raised or f"{bench.called} raised {type(error).__name__}: {error}"
             else:
-                why = "" if lifted else raised or short
+                why = "" if is_lifted else raised or short
                 notes = [f"checked in {dtype}, because {why}"] if why else []
                 return replace(report, note="; ".join([*notes, *sorted(bench.changed)]))
     return GradientReport((), failure=raised)

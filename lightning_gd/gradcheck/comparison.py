@@ -141,7 +141,8 @@ class Comparison:
             slopes["differences"], doubt = slope_of(bench, point, way, exact)
             errors = {kind: abs(slopes[kind] - slopes["differences"]) for kind in self.kinds}
             bound = doubt + bench.rounding * max(size, abs(point.loss)) + cancelled
-            bound += bench.backward_error * size * any(bench.functions.values())
+            if bench.lifted and any(bench.functions.values()):
+                bound += bench.lifted.backward_error * size
             if all(error <= bound for error in errors.values()):
                 break
         return slopes, errors, bound

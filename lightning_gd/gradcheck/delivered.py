@@ -26,9 +26,9 @@ from lightning_gd.gradcheck.twin import converted, shaken, shaken_batch, twin
 
 SHAKES = 4  # times that weights and rows are changed in their last digit
 # Errors of sums that are rounded at every step, in units of what one rounding of the weights and
-# rows does. Products in bfloat16 and float16 are added up in float32.
-SAFETY, SAFETY_SHORT = 32, 8
-CLOSE = 64  # eps: between two ways to the same sums
+# rows does; and between two ways to the same sums. Products in bfloat16 and float16 are added up
+# in float32.
+SAFETY, CLOSE, SHORT = 32, 64, 8
 DRAWS = "the loss draws random numbers"
 
 
@@ -57,7 +57,7 @@ class Delivery:
     precision: Callable[[], AbstractContextManager[Any]]  # the autocast of the run
     eps: float  # of that precision
     replayed: bool  # p.grad came about by autograd of the same loss
-    copy: Callable[[nn.Module, torch.dtype], Any] = twin
+    copy: Callable[[nn.Module, torch.dtype | None], Any] = twin
 
 
 def check_delivered(
@@ -65,12 +65,13 @@ def check_delivered(
 ) -> GradientReport:
     """Compare `p.grad` with autograd on all rows of an update.
 
-    In the precision of the run first, up to 64 eps for another order of sums. A formula that
-    differs by more, and the gradient of a loss with a hand-written backward, is compared in
-    float64 too: with the gradient at the weights and rows, and after four random changes of them
-    by eps, the rounding of one number. What rounding explains is the largest change of the
-    gradient and eps of the largest gradient of all parameters, times 32 (8 for bfloat16 and
-    float16). Random numbers are others in float64, so a loss that draws them is not.
+    In the precision of the run first, up to 64 eps of the largest gradient of all parameters, for
+    another order of sums. A formula that differs by more, and the gradient of a loss with a
+    hand-written backward, is compared in float64 too: with the gradient at the weights and rows,
+    and after four random changes of them by eps, the rounding of one number. What rounding
+    explains is the largest change of the gradient and eps of the largest gradient of all
+    parameters, times 32. In bfloat16 and float16 both factors are 8. Random numbers are others in
+    float64, so a loss that draws them is not compared there.
 
     The random state is left as the loss leaves it.
 
@@ -80,12 +81,12 @@ def check_delivered(
         agree: Tells whether something holds on every process.
         trusted: The loss is made of plain operations.
     """
-    dtype = next(model.parameters()).dtype
-    local = _Local(model, delivery, dtype)
+    local = _Local(model, delivery)
     same = _mean(delivery, local.gradients())
     delivery = replace(delivery, eps=max(delivery.eps, local.eps))  # of an autocast inside the loss
-    close = CLOSE * torch.finfo(dtype).eps * _most(same)
-    report = _compared(delivery, same, dict.fromkeys(same, close))
+    epses = {name: torch.finfo(value.dtype).eps for name, value in delivery.gradients.items()}
+    bounds = {name: _factor(eps, CLOSE) * eps * _most(same) for name, eps in epses.items()}
+    report = _compared(delivery, same, bounds)
     right = agree(report.ok)
     if right and trusted or delivery.replayed and not right:
         return report
@@ -95,8 +96,7 @@ def check_delivered(
         told = f"p.grad was not compared in float64: {why or 'another process cannot'}"
         return replace(report, note="" if delivery.replayed and not local.draws else told)
     mean, *near = (_mean(delivery, each) for each in sums)
-    safety = SAFETY_SHORT if delivery.eps > torch.finfo(dtype).eps else SAFETY
-    noise, bounds = delivery.eps * _most(mean), {}
+    noise, safety = delivery.eps * _most(mean), _factor(delivery.eps, SAFETY)
     for name, gradient in mean.items():
         spread = max(largest(other[name] - gradient) for other in near)
         bounds[name] = safety * (spread + noise)
@@ -112,6 +112,10 @@ def _in_float64(model: nn.Module, delivery: Delivery) -> tuple[list[Tensor], str
     except Exception as error:
         return [], first_line(error)
     return sums, DRAWS if local.draws else ""
+
+
+def _factor(eps: float, usual: int) -> int:
+    return usual if eps < torch.finfo(torch.float16).eps else SHORT
 
 
 def _most(gradients: Weights) -> float:
@@ -137,16 +141,24 @@ def _mean(delivery: Delivery, sums: Tensor) -> Weights:
 
 
 class _Local:
-    """Gradients of the local parts of an update, on copies of the model in one dtype.
+    """Gradients of the local parts of an update, on copies of the model.
+
+    Args:
+        model: As it was before the update.
+        delivery: What is compared.
+        dtype: Of the copies and batches; None for those of the run.
 
     Attributes:
         draws: Whether the loss draws random numbers, of what was asked for so far.
         eps: Of the shortest dtype on the way to the loss.
     """
 
-    def __init__(self, model: nn.Module, delivery: Delivery, dtype: torch.dtype) -> None:
-        self.model, self.delivery, self.dtype = model, delivery, dtype
-        self.is_own = dtype == next(model.parameters()).dtype
+    def __init__(
+        self, model: nn.Module, delivery: Delivery, dtype: torch.dtype | None = None
+    ) -> None:
+        self.model, self.delivery, self.dtype, self.is_own = model, delivery, dtype, dtype is None
+        dtypes = (gradient.dtype for gradient in delivery.gradients.values())
+        self._longest = dtype or min(dtypes, key=lambda kind: torch.finfo(kind).eps)
         self.draws, self.eps = False, 0.0
 
     def gradients(self, shake: int = 0) -> Tensor:
@@ -155,7 +167,7 @@ class _Local:
         A `shake` above 0 is the seed of random changes of weights and rows by eps.
         """
         given, source = self.delivery, torch.Generator().manual_seed(shake)
-        with eager(self.dtype):
+        with eager(self._longest):
             copied = given.copy(self.model, self.dtype)
             for parameter in copied.parameters() if shake else ():
                 parameter.data = shaken(parameter.data, given.eps, source)
@@ -165,8 +177,8 @@ class _Local:
     def _of(self, part: Part, copied: Any, changed: Callable[[Any], Any] | None) -> Tensor:
         named = dict(copied.named_parameters())
         trained = {name: named[name] for name in self.delivery.gradients}
-        like = next(iter(trained.values()))
-        flat = like.new_zeros(sum(p.numel() for p in trained.values()) + 1)
+        size, like = sum(p.numel() for p in trained.values()) + 1, next(iter(trained.values()))
+        flat = like.new_zeros(size, dtype=self._longest)
         if not part.weight:
             return flat
         is_kept = self.is_own and part.pure
@@ -194,7 +206,7 @@ class _Local:
         except NoLoss:
             return None
         self.eps = max([self.eps, *seen])
-        found = gradients_of(part.scaled(loss), trained, SCALE)
+        found = gradients_of(part.scaled(loss), trained, SCALE, copied)
         self.draws |= not all(map(torch.equal, before, torch_states(generators)))
         return found
 
@@ -202,8 +214,7 @@ class _Local:
 def explained(gradients: Sequence[Tensor], eps: float, size: float = 0.0) -> float:
     """Return the error of the first gradient that rounding explains; the others are near it."""
     spread = max(float((other - gradients[0]).norm()) for other in gradients)
-    safety = SAFETY if eps < torch.finfo(torch.float16).eps else SAFETY_SHORT
-    return safety * (spread + eps * max(float(gradients[0].norm()), size))
+    return _factor(eps, SAFETY) * (spread + eps * max(float(gradients[0].norm()), size))
 
 
 def compared(name: str, found: Tensor, right: Tensor, bound: float, rows: int) -> ParameterReport:

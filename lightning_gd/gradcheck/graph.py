@@ -9,10 +9,17 @@ from torch import Tensor, nn
 
 
 def gradients_of(
-    loss: Tensor, parameters: Mapping[str, nn.Parameter], scale: float
+    loss: Tensor, parameters: Mapping[str, nn.Parameter], scale: float, module: nn.Module
 ) -> dict[str, Tensor]:
-    """Return the gradients by `backward`, dense and zero where there is none; `grad` stays None."""
-    loss.backward(loss.new_full(loss.shape, scale))  # `autograd.grad` is not for every Function
+    """Return the gradients by `backward`, dense and zero where there is none; `grad` stays None.
+
+    Nor does the `grad` of parameters of other modules change.
+    """
+    own = {id(p) for p in module.parameters()}
+    others = any(isinstance(v, nn.Parameter) and id(v) not in own for v in _leaves(loss))
+    # Only then: not every Function takes part, as in `autograd.grad`.
+    inputs = [p for p in parameters.values() if p.requires_grad] if others else None
+    loss.backward(loss.new_full(loss.shape, scale), inputs=inputs)
     found = {}
     for name, parameter in parameters.items():
         gradient, parameter.grad = parameter.grad, None
@@ -54,6 +61,18 @@ def functions_behind(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[
             found.setdefault(names[id(leaf)], set()).update(here)
         waiting += [(following, here) for following, _ in node.next_functions if following]
     return found
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors whose `grad` a backward pass changes."""
+    waiting, seen = [loss.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+            if (leaf := getattr(node, "variable", None)) is not None:
+                yield leaf
 
 
 @contextmanager

@@ -7,6 +7,12 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+# Relative, of a backward pass: in float32 it rounds by some 1e-6, and mistakes are 1e-3 and more.
+BACKWARD_ERROR = 1e-4
+SAFETY = 8  # eps: of one in bfloat16 or float16
+SHORT = (torch.float32, torch.bfloat16, torch.float16)
+SHORTER = (torch.Tensor.float, torch.Tensor.bfloat16, torch.Tensor.half)
+
 
 @contextmanager
 def eager(dtype: torch.dtype) -> Iterator[None]:
@@ -31,15 +37,26 @@ def eager(dtype: torch.dtype) -> Iterator[None]:
 
 
 class InFloat64(TorchFunctionMode):
-    """Computes in float64 where `.float()` or the dtype float32 is asked for."""
+    """Computes in float64 where a shorter dtype is asked for, as by `.float()`.
+
+    Attributes:
+        backward_error: Relative, of a hand-written backward pass that asks for it, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backward_error = BACKWARD_ERROR
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        named = {name: _as_float64(value) for name, value in (kwargs or {}).items()}
-        return func(*map(_as_float64, args), **named)
+        if func in SHORTER:
+            func = torch.Tensor.double
+        named = {name: self._lifted(value) for name, value in (kwargs or {}).items()}
+        return func(*map(self._lifted, args), **named)
 
-
-def _as_float64(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
+    def _lifted(self, value: Any) -> Any:
+        if not isinstance(value, torch.dtype) or value not in SHORT:
+            return value
+        self.backward_error = max(self.backward_error, SAFETY * torch.finfo(value).eps)
+        return torch.float64

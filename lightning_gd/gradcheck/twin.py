@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Collection, Mapping
 from functools import partial
-from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_gd.batch import tensors
+from lightning_gd.gradcheck.rebinding import rebind
 
 SILENT = ("log", "log_dict", "print")  # methods of a copy that do nothing
 FRAME = vars(LightningModule()).keys() - {"training"}  # attributes of every module
@@ -64,7 +64,7 @@ def data_of(model: nn.Module) -> dict[int, Any]:
 
 
 def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
-    """Return a copy of a module in another dtype; what it logs is not logged."""
+    """Return a copy of a module, in another dtype if one is given; it logs nothing."""
     trainer = trainer_of(model)
     memo = {id(trainer): trainer, **data_of(model)}  # which attributes may lead to
     try:
@@ -99,7 +99,7 @@ class Copier:
     def __init__(self, records: Collection[str]) -> None:
         self._records, self._kept = set(records), None
 
-    def __call__(self, model: nn.Module, dtype: torch.dtype) -> Any:
+    def __call__(self, model: nn.Module, dtype: torch.dtype | None) -> Any:
         """Return a copy of the module as it is now."""
         plain = list(map(plain_attributes, model.modules()))
         pairs = zip(model.modules(), plain, strict=True)
@@ -111,7 +111,7 @@ class Copier:
         copied, self._kept = self._kept.to(dtype), None
         theirs = [*model.parameters(), *model.buffers()]
         for own, other in zip([*copied.parameters(), *copied.buffers()], theirs, strict=True):
-            own.data = other.detach().to(own, copy=True)
+            own.data = other.detach().to(own if dtype else other, copy=True)
             own.requires_grad_(other.requires_grad)
         for own, attributes in zip(copied.modules(), plain, strict=True):
             vars(own).update(attributes)
@@ -130,31 +130,8 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> Any:
         made = memo | {id(t): t.detach().clone() for t in kept if not t.is_leaf}
         copied = copy.deepcopy(model, made)
     for module in copied.modules():
-        places = [vars(module), *(v for v in vars(module).values() if isinstance(v, dict))]  # hooks
-        for place in places:
-            place.update({n: _rebound(v, made) for n, v in place.items() if _has_cells(v)})
+        rebind(module, made)
     return copied
-
-
-def _has_cells(value: Any) -> bool:
-    return isinstance(value, FunctionType) and bool(value.__closure__)
-
-
-def _rebound(function: FunctionType, made: dict[int, Any]) -> FunctionType:
-    """Return a function that refers to the copies of what it refers to, such as the module."""
-    cells = []
-    for cell in function.__closure__ or ():
-        try:
-            found = cell.cell_contents
-        except ValueError:  # empty so far
-            cells.append(cell)
-        else:
-            cells.append(CellType(made[id(found)]) if id(found) in made else cell)
-    code, name = function.__code__, function.__name__
-    other = FunctionType(code, function.__globals__, name, function.__defaults__, tuple(cells))
-    other.__kwdefaults__ = function.__kwdefaults__
-    vars(other).update(vars(function))
-    return other
 
 
 def trainer_of(model: nn.Module) -> Any:
