@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -76,19 +78,22 @@ class Update:
         state: RandomState,
         rows: int,
         repeated: Repeated | None,
+        turn: int,
     ) -> tuple[GradientReport, bool]:
         """Check the formula, or autograd; tell whether what is to come is of plain operations.
 
         Args:
             before: The module before the update.
-            parts: Its batches; on a process without rows nothing is checked.
+            parts: Its batches, of which one is looked at; without rows nothing is checked.
             state: The random state before the first of them, if the part has none.
             rows: On which a formula is checked.
             repeated: Checks a formula that was found right.
+            turn: Number of the check: each one looks at another batch.
         """
-        part = next((part for part in parts if part.weight), None)
-        if part is None:
+        weighted = [part for part in parts if part.weight]
+        if not weighted:
             return GradientReport(()), True
+        part = weighted[turn % len(weighted)]
         step, batch, loss = self.trainer.global_step, part.batch, part.loss
         state = part.state or state
         if self.own:
@@ -151,11 +156,7 @@ class Update:
         known = {"processes": self.trainer.world_size, "accumulated batches": batches}
         context = nullcontext if self.explicit else self.trainer.precision_plugin.forward_context
         self.rows = [float(count_rows(part.batch)) for part in parts]
-        sizes = [gradient.numel() for gradient in gradients.values()]
-
-        def mean(sums: Tensor) -> Tensor:
-            return self._mean(sums, sizes)
-
+        mean = partial(self._mean, sizes=[gradient.numel() for gradient in gradients.values()])
         copy = repeated.copy if self.explicit else twin
         return Delivery(gradients, parts, mean, known, context, eps, replayed, copy)
 
@@ -199,6 +200,10 @@ def refusal(trainer: Trainer, module: Any, loss: Any) -> str:
         return "it optimizes manually: give GradientCheck(loss=...), a method or a function"
     if names:
         return f"loss={names[0]!r} is no method of it"
+    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        return "torch.jit computes in less precision: check the module before it is scripted"
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        return "its training_step takes batches from dataloader_iter, and cannot be called again"
     if world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
         return "SyncBatchNorm communicates in the forward pass: check it on one process"
     return "it has complex parameters" if any(p.is_complex() for p in module.parameters()) else ""

@@ -35,9 +35,10 @@ def differing(named: Mapping[str, Tensor]) -> list[str]:
 
 
 def alone(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function; raise RuntimeError if it communicated with other processes."""
-    if world_size() == 1:
-        return function(*args)
+    """Call a function; raise RuntimeError if it communicated with other processes.
+
+    Its result has more than its own nodes in the graph of autograd.
+    """
     from torch.distributed.tensor.debug import CommDebugMode  # it takes a while to import
 
     with CommDebugMode() as seen:

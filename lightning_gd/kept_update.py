@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_gd.batch import Updates, batches_of
 from lightning_gd.checked_update import Update
@@ -62,7 +63,8 @@ class KeptUpdate:
     def add(self, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batches of a step; those of a foreign module are copied, as the module is."""
         own = isinstance(module, GradientDescentModule)
-        if self._before is None and not own:
+        lazy = any(isinstance(p, UninitializedParameter) for p in module.parameters())
+        if self._before is None and not own and not lazy:
             self._before = twin(module)
         kept = batches_of(batch if own else converted(batch, None))
         self.steps.append((kept, batch_idx, RandomState.now()))

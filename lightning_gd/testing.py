@@ -30,7 +30,8 @@ class GradientTests:
     at every call. Both are pickled for a second process: their classes and functions are those of
     a file, and no attribute is a lambda or a generator. `test_... = None` leaves a test out: two
     processes differ where the loss is no mean over rows, or BatchNorm or dropout is in it, and a
-    resumed run where a checkpoint does not hold all that matters.
+    resumed run where a checkpoint does not hold all that matters. A module that asks for float32,
+    as by `.float()`, needs `precision = "32-true"`, and a `tolerance` of that size.
     """
 
     loss: Any = None  # as in GradientCheck
@@ -38,6 +39,7 @@ class GradientTests:
     rows: tuple[int, ...] = (1, 3)  # of the batch, tested beside all
     updates = 4
     tolerance = 1e-9  # between one and two processes
+    precision = "64-true"  # of the runs
 
     def module(self) -> Any:
         """Return a new LightningModule."""
@@ -94,7 +96,8 @@ class GradientTests:
 
     def _new(self) -> Any:
         torch.manual_seed(0)
-        return self.module().double()  # or Lightning would read checkpoints in float32
+        module = self.module()  # in float64 by now, or Lightning would read checkpoints in float32
+        return module.double() if self.precision == "64-true" else module
 
     def _checked(self, module: Any, batch: Any) -> GradientCheck:
         check = GradientCheck(loss=self.loss, reference=self.reference)
@@ -109,14 +112,21 @@ class GradientTests:
         return False
 
     def _fit(self, module: Any, batch: Any, path: str | None = None, **settings: Any) -> Trainer:
-        known = {"accelerator": "cpu", "devices": 1, "precision": "64-true", "max_epochs": -1}
-        known |= {"max_steps": self.updates, **dict.fromkeys(OFF, False)}
+        known = {"accelerator": "cpu", "devices": 1, "max_epochs": -1, "max_steps": self.updates}
+        known |= {"precision": self.precision, **dict.fromkeys(OFF, False)}
         trainer = Trainer(**{**known, **settings}, use_distributed_sampler=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PossibleUserWarning)  # no rows to validate
             warnings.filterwarnings("ignore", "GradientCheck: no gradient")  # as of a single row
-            batches = OneBatch(converted(batch, torch.float64))
-            trainer.fit(module, batches, ckpt_path=path, weights_only=False)
+            dtype = torch.float64 if self.precision == "64-true" else None
+            try:
+                batches = OneBatch(converted(batch, dtype))
+                trainer.fit(module, batches, ckpt_path=path, weights_only=False)
+            except RuntimeError as error:
+                if dtype and "dtype" in str(error):
+                    hint = "it may ask for float32, as by .float(): set precision = '32-true'"
+                    raise RuntimeError(f"{error} ({hint})") from error
+                raise
         return trainer
 
 

@@ -43,6 +43,18 @@ def linear():
     return Plain(nn.Linear(6, 1), lambda found, y: F.mse_loss(found[:, 0], y.double()))
 
 
+class Gathers(Plain):
+    """Its loss takes the targets of all processes, which a check cannot ask for as often."""
+
+    def training_step(self, batch, batch_idx):
+        total: Any = self.all_gather(batch[1].sum())
+        return super().training_step(batch, batch_idx) * total.sum().abs()
+
+
+def gathers():
+    return Gathers(linear().net, linear().loss)
+
+
 def keep(_, bucket):
     """A communication hook that communicates nothing."""
     done = torch.futures.Future()
@@ -88,6 +100,7 @@ FOREIGN = [name for name in MODULES if name != "squeezenet"]
 CASES = {
     "linear": partial(told, linear),
     "even": partial(told, linear, counts=(4, 4)),
+    "gathers": partial(told, gathers),
     "hook": partial(told, linear, callbacks=[Deaf()]),
     "no_sync": partial(told, MODULES["metrics"][0], callbacks=[Unreduced()]),
 }
@@ -154,6 +167,11 @@ def test_the_bias_is_that_of_the_definition(ends):
     (one,), (other,) = (end["said"] for end in ends("linear"))
     assert one == other and f"differs by {bias:.2g} of its size" in one
     assert 0.001 < bias < 1
+
+
+def test_a_loss_that_communicates_is_refused_and_not_waited_for(ends):
+    for end in ends("gathers"):
+        assert "it communicates with other processes" in end["error"] and end["steps"] == 0
 
 
 @pytest.mark.parametrize("name", ["hook", "no_sync"])

@@ -274,6 +274,42 @@ def test_what_cannot_be_seen_is_not_ok():
     assert not check_function(lambda x: Linear.apply(x, *X[1:]) + x.detach().sum(), X[0]).ok
 
 
+def test_a_complex_output_is_checked_by_its_parts():
+    right = torch.fft.fft, lambda g, x: torch.fft.ifft(g).real * x.shape[-1]
+    wrong = torch.fft.fft, lambda g, x: torch.fft.ifft(g).real
+    assert check_function(right, normal(4, 6)).ok
+    report = check_function(wrong, normal(4, 6))
+    assert "0.166667 times the gradient" in "".join(report.lines())
+
+
+def test_an_empty_input_is_left_alone():
+    product = lambda x, _: 2 * x, lambda g, x, _: (2 * g, torch.zeros(0))  # noqa: E731
+    assert check_function(product, normal(4, 6), torch.zeros(0)).ok
+
+
+class NeedsBoth(Function):
+    """Its backward takes no output that is not used."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        return x.sin(), x.cos()
+
+    @staticmethod
+    def backward(ctx, g, h):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        return g * x.cos() - h * x.sin()
+
+
+def test_each_output_alone_is_a_case():
+    lines = check_function(NeedsBoth, normal(5, 3)).lines()
+    assert any("only in: output 0 alone, output 1 alone: raised TypeError" in s for s in lines)
+    assert {"output 0 alone", "output 1 alone"} < check_function(
+        SIN_COS, *2 * [normal(5, 3)]
+    ).cases.keys()
+
+
 def test_inputs_that_require_gradients_are_differentiated():
     report = check_function(Linear, X[0], X[1].clone().requires_grad_(), X[2])
     assert {p.name for case in report.cases.values() for p in case.parameters} == {"input 1"}

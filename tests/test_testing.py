@@ -105,6 +105,34 @@ class Broken(TestForeign):
         return self.cls(nn.Linear(3, 1), linear_loss)
 
 
+class OfBytes(GradientTests):
+    """It asks for float32, where a run in float64 has a layer of float64."""
+
+    precision, tolerance = "32-true", 1e-5  # sums of 8 rows round by 1e-7 in float32
+
+    def module(self):
+        loss = lambda found, y: F.mse_loss(found[:, 0], y)  # noqa: E731
+        return Plain(nn.Sequential(Floats(), nn.Linear(3, 1)), loss)
+
+    def batch(self):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randint(0, 256, (8, 3), generator=generator, dtype=torch.uint8)
+        return x, torch.randn(8, generator=generator)
+
+
+class Floats(nn.Module):
+    def forward(self, x):
+        return x.float() / 255
+
+
+@pytest.mark.parametrize("test", [name for name in TESTS if "two_processes" not in name])
+def test_a_module_that_asks_for_float32_has_a_precision(monkeypatch, test):
+    getattr(OfBytes(), test)()
+    monkeypatch.setattr(OfBytes, "precision", "64-true")
+    with pytest.raises(RuntimeError, match="set precision = '32-true'"):
+        getattr(OfBytes(), test)()
+
+
 def spoilt():
     module = TestForeign().module()
     any_modules.spoil(module, "net.0")

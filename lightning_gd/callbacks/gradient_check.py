@@ -39,10 +39,12 @@ class GradientCheck(Tally, Callback):
     `p.grad`, before it is clipped, is compared with the gradient on the batches of the update on
     all processes, which shows a missing reduction. See `check_gradients` and `check_delivered` for
     the bounds. A callback that changes `p.grad` must come before this one; what the module's own
-    `on_before_optimizer_step` changes is not seen. An update whose first batch has no finite loss
-    is not checked. What is not the gradient of the loss by design fails the check: a
+    `on_before_optimizer_step` changes is not seen. Of several accumulated batches each check takes
+    another one for the differences; an update where that one has no finite loss is not checked.
+    What is not the gradient of the loss by design fails the check: a
     straight-through estimator or a teacher updated inside the loss (`detach`; pass `loss=` with
-    fixed targets), `spectral_norm`, `rsample` of Gamma and Dirichlet, hooks that change gradients.
+    fixed targets), `spectral_norm`, `rsample` of Gamma and Dirichlet, hooks that change gradients,
+    embeddings with `scale_grad_by_freq`, `max_norm`, or `padding_idx` of `F.embedding`.
 
     The largest relative error is logged as `verify/<parameter>`; nothing else in the run
     changes. `summary` says in a line what was checked and found; `Tally` has the counts.
@@ -174,7 +176,8 @@ class GradientCheck(Tally, Callback):
         with muted(trainer), same_randomness():
             before, parts = self._kept.as_it_was(module), self._kept.parts(update, self._state)
             known = repeated if self._sound else None
-            report, trusted = update.formula(before, parts, self._state, self.rows, known)
+            asked = before, parts, self._state, self.rows, known, self.checks
+            report, trusted = update.formula(*asked)
             is_skipped = not agreed(not report.is_skipped)
             if is_skipped and agreed(report.ok or report.is_skipped):
                 self.skipped += 1

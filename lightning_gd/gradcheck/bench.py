@@ -3,20 +3,14 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import lightning_gd.gradcheck.graph as graph
 from lightning_gd.batch import call, count_rows, tensors
-from lightning_gd.distributed import alone
-from lightning_gd.gradcheck.graph import (
-    functions_behind,
-    gradients_of,
-    padding_of,
-    precision_seen,
-)
+from lightning_gd.distributed import alone, world_size
 from lightning_gd.gradcheck.point import AUTOGRAD, FORMULA, Point, Weights
 from lightning_gd.gradcheck.precision import InFloat64
 from lightning_gd.gradcheck.randomness import RandomState
@@ -72,15 +66,14 @@ class Bench:
         self.dtype = dtype = next(dtypes, torch.float64)
         self.batch = converted(batch, dtype)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
-        self.called = ""  # the method that was called last
+        self.called, self.is_strict = "", False  # the method that was called last
         self.lifted: InFloat64 | None = None
-        self.is_strict = False
         self.eps = torch.finfo(dtype).eps
         self._loss, self._reference, self._state = loss, reference or loss, state
         self.attributes = Attributes(self.model) if fresh else None
         self.draws: bool | None = None
         self.mutated = set[str]()  # parameters that a call changes in place
-        self.padding = padding_of(self.model)
+        self.padding, self.by_design = graph.embeddings_of(self.model)
         # Buffers that a call assigns anew, and what they are before it.
         self._assigned: dict[str, tuple[nn.Module, str, Tensor | None]] = {}
         self.trained = [name for name, p in self.parameters.items() if p.requires_grad]
@@ -104,7 +97,7 @@ class Bench:
     def measure(self, weights: Weights, method: str | None = None) -> Point:
         """Return the loss, its gradient by autograd, and that of the formula of a method."""
         self._place(weights)
-        with precision_seen() if self.is_strict else nullcontext([]) as seen:
+        with graph.precision_seen() if self.is_strict else nullcontext([]) as seen:
             loss = self._watched(self._loss, "loss")
         if loss.numel() != 1:
             raise ValueError(f"it has shape {list(loss.shape)}, and a loss is one number")
@@ -112,8 +105,8 @@ class Bench:
             if weights is self.start:
                 raise NoLoss(f"it is {loss.item()} on this batch")
             raise ValueError(f"it is {loss.item()} after a random step of the weights")
-        self.functions = self.functions or functions_behind(loss, self.parameters)
-        found = gradients_of(loss, self.parameters, self.scale, self.model)
+        self.functions = self.functions or graph.functions_behind(loss, self.parameters)
+        found = graph.gradients_of(loss, self.parameters, self.scale, self.model)
         gradients = {AUTOGRAD: {n: gradient / self.scale for n, gradient in found.items()}}
         if method:
             gradients[FORMULA] = self.formula(method, weights)
@@ -123,7 +116,7 @@ class Bench:
         first = loss.item()
         again = not own or self.attributes and weights is self.start
         value = self.loss(weights) if again else first
-        if own and self._differ(first, value):
+        if own and self.differ(first, value):
             raise ValueError(f"it is {first:g}, and {value:g} {AGAIN}")
         return Point(weights, value, gradients)
 
@@ -142,9 +135,10 @@ class Bench:
         value = found.item()
         if abs(value - right) > max(OTHER, self.rounding) * max(abs(value), abs(right)):
             raise NoLoss(f"it is {value:.9g}, and reference= returns {right:.9g}", is_mistake=True)
-        return self._differ(value, right)
+        return self.differ(value, right)
 
-    def _differ(self, one: float, other: float) -> bool:
+    def differ(self, one: float, other: float) -> bool:
+        """Tell whether two losses differ by more than their rounding."""
         return abs(one - other) > min(self.rounding, OTHER) * max(abs(one), abs(other))
 
     @torch.no_grad()
@@ -227,6 +221,10 @@ class Bench:
 
     def _call(self, function: Loss, name: str) -> Any:
         self.called = name
+        if self.draws is None and world_size() > 1:  # at first
+            self.draws = True
+            alone(self._call, function, name)
+            self.draws = None
         if self.draws is not False:
             self._state.restore()
         for module, leaf, buffer in self._assigned.values():
@@ -236,8 +234,7 @@ class Bench:
         if self.attributes:
             self.attributes.restore()
         self._given = converted(self.batch, None)
-        asked = partial(alone, function) if self.draws is None else function
-        found = asked(self.model, self._given)
+        found = function(self.model, self._given)
         if self.draws is None:
             self.draws = not self._state.is_present()
         return found

@@ -12,10 +12,21 @@ Call = Callable[..., Any]
 
 
 class Case(nn.Module):
-    """A way to call a function: `arrange` makes its arguments, `store` what backward gets."""
+    """A way to call a function: `arrange` makes its arguments, `store` what backward gets.
 
-    def __init__(self, inputs: Any, slots: Any, arrange: Call = tuple, store: Call = clone) -> None:
+    Of several outputs `only` one may be used.
+    """
+
+    def __init__(
+        self,
+        inputs: Any,
+        slots: Any,
+        arrange: Call = tuple,
+        store: Call = clone,
+        only: int | None = None,
+    ) -> None:
         super().__init__()
+        self.only = only
         self.inputs, self.slots, self.arrange, self.store = inputs, slots, arrange, store
         for slot in slots:
             self.register_parameter(f"input {slot}", nn.Parameter(inputs[slot].detach().clone()))
@@ -26,8 +37,11 @@ class Case(nn.Module):
         return self.arrange([replaced.get(i, value) for i, value in enumerate(inputs)])
 
 
-def cases_of(given: Case) -> Iterator[tuple[str, Case]]:
-    """Return the other cases that are made of the inputs given, by name."""
+def cases_of(given: Case, outputs: Sequence[int]) -> Iterator[tuple[str, Case]]:
+    """Return the other cases that are made of the inputs given, by name.
+
+    The outputs are the numbers of those that have a gradient.
+    """
     inputs, slots = given.inputs, given.slots
     shapes = {i: value.shape for i, value in enumerate(inputs) if isinstance(value, Tensor)}
     rows = next(iter(shapes[slots[0]]), 0)
@@ -50,6 +64,8 @@ def cases_of(given: Case) -> Iterator[tuple[str, Case]]:
     yield "expanded cotangent", Case(inputs, slots, store=lambda c: c.mean().expand_as(c))
     for slot in slots if len(slots) > 1 else ():
         yield f"input {slot} alone", Case(inputs, [slot])
+    for place in outputs if len(outputs) > 1 else ():
+        yield f"output {place} alone", Case(inputs, slots, only=place)
 
 
 def _strided(values: Tensor) -> Tensor:

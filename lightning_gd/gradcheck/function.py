@@ -35,8 +35,9 @@ def check_function(
     The gradient of Σ cotangent · output is compared with differences as in `check_gradients`, in
     float64 or the longest dtype that the function computes in: for the inputs, other numbers of
     rows (the first dimension, where no other is as large), repeated rows, non-contiguous inputs and
-    cotangents, and each input alone. Numbers are up to an eighth closer to zero, off kinks. A
-    Function with a rule for `torch.func.vmap` is compared under it with a loop of its own calls.
+    cotangents, each input and each output alone. Numbers are up to an eighth closer to zero, off
+    kinks. A Function with a rule for `torch.func.vmap` is compared under it with a loop of its own
+    calls.
 
     In float32 and bfloat16 the truth is the float64 gradient of `reference` or the function at the
     same inputs. The bound is 32 (8 in bfloat16) times its change by random changes of the inputs by
@@ -51,7 +52,7 @@ def check_function(
         reference: The same function of plain torch operations, which is differentiated instead.
         seed: Of cotangents, directions, and random numbers that the function draws by torch.
     """
-    floating = [i for i, value in enumerate(inputs) if _is_floating(value)]
+    floating = [i for i, value in enumerate(inputs) if _is_floating(value) and value.numel()]
     slots = [i for i in floating if inputs[i].requires_grad] or floating
     if not slots:
         raise ValueError("no input is a tensor of floating-point numbers")
@@ -62,7 +63,8 @@ def check_function(
             found["as given"] = form.report(given, longest, longest)
             if found["as given"].parameters:  # otherwise forward refuses this dtype
                 break
-        found |= {name: form.report(case, longest, longest) for name, case in cases_of(given)}
+        cases = cases_of(given, form.places)
+        found |= {name: form.report(case, longest, longest) for name, case in cases}
         if claims_vmap(function) and found["as given"].parameters:
             found["vmap"] = check_vmap(function, converted(inputs, longest), slots, form.state)
         truth = torch.float64 if reference else longest
@@ -91,10 +93,12 @@ class _Form:
         self.given = case.arguments(inputs)
         found = tuple_of((function or self.function)(*self.given))
         if torch.is_grad_enabled() and function is None:
-            self.places = [i for i, v in enumerate(found) if _is_floating(v) and v.requires_grad]
+            self.places = [i for i, v in enumerate(found) if getattr(v, "requires_grad", False)]
         random, total = torch.Generator().manual_seed(self.seed), torch.zeros(())
         self.size, self.numbers, self.is_short = 0.0, 0, True
-        for output in (found[place] for place in self.places):
+        for place in self.places if case.only is None else [case.only]:
+            output = found[place]
+            output = torch.view_as_real(output) if output.is_complex() else output
             if torch.finfo(output.dtype).eps > torch.finfo(next(case.parameters()).dtype).eps:
                 raise TypeError(f"it computes in {output.dtype}")
             self.is_short &= bool((output == output.float()).all())
@@ -185,7 +189,7 @@ class _Form:
             if not all(map(same, tensors(values), tensors(before[what]))):
                 self.mistakes[""] = f"{what} is changed in place"
         again = tuple_of(backward(*cotangents))
-        minus = each(cotangents, Tensor, lambda t: -t if t.is_floating_point() else t)
+        minus = each(cotangents, Tensor, lambda t: t.neg() if t.dtype != torch.bool else t)
         negative = tuple_of(backward(*minus))
         for k, wanted in enumerate(self.given):
             gradient = first[k]

@@ -32,14 +32,19 @@ def dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
-def padding_of(model: nn.Module) -> dict[str, int]:
-    """Return the rows of embeddings that get no gradient by design, by parameter."""
-    kinds, found = (nn.Embedding, nn.EmbeddingBag), {}
-    for name, parameter in model.named_parameters():
-        owners = (m for m in model.modules() if isinstance(m, kinds) and m.weight is parameter)
-        rows = [m.padding_idx for m in owners if m.padding_idx is not None]
-        found |= {name: rows[0]} if rows else {}
-    return found
+def embeddings_of(model: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
+    """Return the rows that get no gradient by design, by parameter, and options that change it."""
+    names, padding, options = {id(p): name for name, p in model.named_parameters()}, {}, {}
+    for module in model.modules():
+        known = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        if known and (name := names.get(id(module.weight))):
+            if module.padding_idx is not None:
+                padding[name] = module.padding_idx
+            if module.scale_grad_by_freq:
+                options[name] = "scale_grad_by_freq=True"
+            if module.max_norm is not None:
+                options[name] = f"max_norm={module.max_norm}"
+    return padding, options
 
 
 def functions_behind(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, set[str]]:

@@ -18,16 +18,17 @@ SILENT = ("log", "log_dict", "print")  # methods of a copy that do nothing
 FRAME = vars(LightningModule()).keys() - {"training"}  # attributes of every module
 MOST_COPIED = 10_000  # entries of an attribute; what has more is data
 PLAIN = (bool, int, float, str, type(None))
+ROWS = (torch.sparse_csr, torch.sparse_csc)  # layouts of tensors that deepcopy does not copy
 
 
 class Attributes:
     """What modules keep beside parameters and buffers: counters, hidden states, metrics.
 
-    Those of torch.nn keep nothing that a call changes.
+    Those of torch.nn keep nothing that a call changes, and scripts can not be looked into.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        ours = "torch.nn.modules."
+        ours = ("torch.nn.modules.", "torch.jit.")
         self._modules = [m for m in model.modules() if not type(m).__module__.startswith(ours)]
         shared = [*model.modules(), *model.parameters(), *model.buffers(), trainer_of(model)]
         self._memo: dict[int, Any] = {id(value): value for value in shared} | data_of(model)
@@ -60,6 +61,7 @@ def data_of(model: nn.Module) -> dict[int, Any]:
     values = [value for module in model.modules() for value in own_attributes(module).values()]
     kept = [value for value in values if isinstance(value, (Dataset, DataLoader))]
     kept += [v for v in values if isinstance(v, (list, tuple, dict, set)) and len(v) > MOST_COPIED]
+    kept += [tensor for value in values for tensor in tensors(value) if tensor.layout in ROWS]
     return {id(value): value for value in kept}
 
 

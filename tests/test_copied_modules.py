@@ -1,0 +1,272 @@
+"""GradientCheck on modules whose copy is hard to make, or hard to compute with in float64."""
+
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from any_modules import Batches, Doubled
+from lightning.pytorch import seed_everything
+from test_odd_modules import WARNS, Base, fit, rows
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_gd import GradientCheck, GradientError, check_gradients
+from lightning_gd.gradcheck.stepping import LENGTHS, step_length
+
+
+class Helper:
+    def __init__(self, function):
+        self.function = function
+
+
+class OverSelf(Base):
+    """A function that its attributes hold refers to it: `deepcopy` copies no function."""
+
+    hold: Any = staticmethod(lambda function: [function])
+
+    def __init__(self, broken=False):
+        super().__init__(broken)
+        self.norm = nn.BatchNorm1d(8)
+
+        def normed(x, scale=self.norm):
+            return scale(torch.tanh(x))
+
+        self.held = type(self).hold(lambda x: self.norm(normed(x)))
+
+    def find(self):
+        return self.held[0]
+
+    def forward(self, x):
+        return self.b(self.spoil(self.find()(self.a(x))))
+
+
+class InADict(OverSelf):
+    hold = staticmethod(lambda function: {"x": {"y": function}})
+
+    def find(self):
+        return self.held["x"]["y"]
+
+
+class InAHelper(OverSelf):
+    hold = staticmethod(lambda function: Helper(partial(function)))
+
+    def find(self):
+        return self.held.function
+
+
+class Wrapped(Base):
+    """The usual way to change what a layer does."""
+
+    def __init__(self, broken=False):
+        super().__init__(broken)
+        old = self.a.forward
+        self.a.forward = lambda input: old(input) * 2
+        before = self.b.forward
+        self.b.forward = MethodType(lambda layer, x: before(x) + layer.bias, self.b)
+
+
+class HandCast(Base):
+    """A product in bfloat16 by hand: its rounding hides the step of a difference."""
+
+    kind = torch.bfloat16
+
+    def forward(self, x):
+        h = F.linear(x.to(self.kind), self.a.weight.to(self.kind), self.a.bias.to(self.kind))
+        return self.b(self.spoil(torch.tanh(h).float()))
+
+
+class HandCastHalf(HandCast):
+    kind = torch.float16
+
+
+class TwoDtypes(Base):
+    """One layer lives in bfloat16."""
+
+    def __init__(self, broken=False):
+        super().__init__(broken)
+        self.a = self.a.bfloat16()
+
+    def forward(self, x):
+        return self.b(self.spoil(torch.tanh(self.a(x.bfloat16())).float()))
+
+
+class Float32Inside(Base):
+    """As layers of language models do."""
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        h = (h.float() * torch.rsqrt(h.float().square().mean(-1, keepdim=True) + 1e-6)).to(h.dtype)
+        return self.b(self.spoil(F.softmax(h, -1, dtype=torch.float32).to(h.dtype)))
+
+
+class Compressed(Base):
+    def __init__(self, broken=False):
+        super().__init__(broken)
+        self.links = torch.eye(5).to_sparse_csr()
+
+    def forward(self, x):
+        return super().forward((self.links @ x.T).T)
+
+
+class Lazy(Base):
+    def __init__(self, broken=False):
+        super().__init__(broken)
+        self.a = nn.LazyLinear(8)
+
+
+MODULES = [
+    OverSelf, InADict, InAHelper, Wrapped, HandCast, HandCastHalf, TwoDtypes, Float32Inside,
+    Compressed, Lazy,
+]  # fmt: skip
+IGNORED = (WARNS, "ignore:Sparse CSR", "ignore:Lazy modules", "ignore:A layer with Uninit")
+
+
+@pytest.mark.filterwarnings(*IGNORED)
+@pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
+def test_a_right_module_passes_and_its_run_is_the_same(make_trainer, kind):
+    ends, check = [], GradientCheck(2)
+    for callbacks in ((), (check,)):
+        seed_everything(1, verbose=False)
+        ends.append(fit(make_trainer, kind(), None, *callbacks))
+    assert check.checks >= 4 and all(check.tested.values())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.filterwarnings(*IGNORED)
+@pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
+def test_a_broken_one_is_found_at_once(make_trainer, kind):
+    seed_everything(1, verbose=False)
+    with pytest.raises(GradientError, match="update 0:(?s:.*)2 times the gradient"):
+        fit(make_trainer, kind(broken=True), None, GradientCheck(2))
+
+
+SHARED = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+
+
+class OverAGlobal(Base):
+    """No copy can know of it: neither its parameters nor its buffers may change."""
+
+    def forward(self, x):
+        return super().forward(SHARED(x))
+
+
+@pytest.mark.filterwarnings(WARNS)
+def test_the_gradients_of_what_is_not_copied_stay_as_they_are(make_trainer):
+    for parameter in SHARED.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    check_gradients(OverAGlobal(), (rows()[0][0], rows()[0][1]))
+    assert not any(p.grad.any() for p in SHARED.parameters() if p.grad is not None)
+
+
+class Script(Base):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.jit.script(self.a)
+
+
+class TakesTheIterator(Base):
+    def training_step(self, dataloader_iter):  # pyright: ignore
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is", "ignore:.*dataloader_iter")
+@pytest.mark.parametrize(
+    "kind, words", [(Script, "before it is scripted"), (TakesTheIterator, "dataloader_iter")]
+)
+def test_what_cannot_be_checked_is_refused_before_the_fit(make_trainer, kind, words):
+    with pytest.raises(ValueError, match=f"cannot check {kind.__name__}: .*{words}"):
+        fit(make_trainer, kind(), None, GradientCheck(2))
+
+
+class Remembers(Base):
+    """Its hidden state goes from batch to batch."""
+
+    hidden: Any = None
+
+    def __init__(self, broken=False):
+        super().__init__(broken)
+        self.net = nn.GRUCell(5, 3)
+
+    def training_step(self, batch, batch_idx):
+        self.hidden = self.net(batch[0], self.hidden)
+        loss = F.mse_loss(self.spoil(self.hidden), batch[1])
+        self.hidden = self.hidden.detach()
+        return loss
+
+
+def test_a_module_with_a_state_is_not_called_stale(make_trainer):
+    with pytest.raises(GradientError, match="a factor 2 too much; it passes through Doubled"):
+        fit(make_trainer, Remembers(broken=True), None, GradientCheck(2))
+
+
+class Tasks(Base):
+    """Only every second batch passes a wrong backward."""
+
+    def training_step(self, batch, batch_idx):
+        h = torch.tanh(self.a(batch[0]))
+        return F.mse_loss(self.b(Doubled.apply(h) if batch_idx % 2 else h), batch[1])
+
+
+def test_each_check_looks_at_another_accumulated_batch(make_trainer):
+    with pytest.raises(GradientError, match="update 1:(?s:.*)a factor 2 too much"):
+        trainer = make_trainer(max_steps=3, precision="32-true", callbacks=[GradientCheck(1)],
+                               accumulate_grad_batches=2)  # fmt: skip
+        trainer.fit(Tasks(), Batches(rows()))
+
+
+class Options(Base):
+    options: Any = {}
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(3, 5, **self.options)
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self(self.embedding(batch[4])), batch[1])
+
+
+@pytest.mark.filterwarnings(WARNS)
+@pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"max_norm": 1.0}])
+def test_options_of_embeddings_that_change_the_gradient_are_named(make_trainer, options):
+    (name, value), module = *options.items(), type("Embeds", (Options,), {"options": options})()
+    with pytest.raises(GradientError, match=f"embedding.weight: {name}={value} gives another"):
+        fit(make_trainer, module, None, GradientCheck(2))
+
+
+class Contrastive(nn.Module):
+    """A bounded loss: far from its weights exp(t) is infinite, and clamp makes 0·inf of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.t = nn.Parameter(torch.tensor(2.6593))
+
+    def loss(self, x, y):
+        one, two = F.normalize(self.b(torch.tanh(self.a(x))), dim=1), F.normalize(y, dim=1)
+        return F.cross_entropy(one @ two.T * self.t.exp().clamp(max=100), torch.arange(len(x)))
+
+
+def test_a_bounded_loss_is_not_moved_far():
+    wrong = []
+    for seed in range(60):  # 11 of 200 were wrong where the step went to the largest length
+        torch.manual_seed(seed)
+        wrong += [seed] * (not check_gradients(Contrastive(), *rows()[0][:2], seed=seed).ok)
+    assert wrong == []
+
+
+CHANGES = {  # of a loss by a length, and the length that is found for a change of 1
+    "linear": (lambda length: length / 4, 4.0),
+    "quadratic": (lambda length: length**2, 1.0),
+    "bounded": (lambda length: 0.8 * min(length / 8, 1.0), 4.0),  # half of what there is
+    "constant": (lambda length: 0.0, LENGTHS[-1]),
+    "leaps": (lambda length: 0.5 if length < 4 else 1e9, 2.0),
+    "ends": (lambda length: 0.5 if length < 4 else float("nan"), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_step_is_as_long_as_it_must_be(name):
+    change, expected = CHANGES[name]
+    assert step_length(change, 1.0) == expected
