@@ -225,7 +225,8 @@ def muted(trainer: Trainer) -> Iterator[None]:
     loggers, silent = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     settings, stops = [dict(group) for group in groups], trainer.should_stop
-    buffers = [(buffer, buffer.detach().clone()) for buffer in trainer.lightning_module.buffers()]
+    dense = [b for b in trainer.lightning_module.buffers() if b.layout == torch.strided]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in dense]
     trainer.loggers = silent  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
