@@ -5,6 +5,7 @@ vermilion and even always blue, in bars and in weights.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import matplotlib
@@ -43,11 +44,14 @@ def loss_curves(
         title: Such as the model, its data and its learning rate.
     """
     figure, axes = _figure("update", "loss (log scale)", title=title)
+    dashes: dict[str, Any] = {"lw": 1.2, "ls": "--"}
     for i, (part, (steps, losses)) in enumerate(measured.items()):
-        style: dict[str, Any] = {"color": PARTS[part], "lw": 2.5 if i else 5}  # seen where equal
+        size = 1 if i else 2  # both are seen where they are equal
+        style: dict[str, Any] = {"color": PARTS[part], "lw": 2.5 * size}
         updates, values = np.asarray(steps), np.array(losses, float)
         finite = values < LARGEST  # not NaN either
         if _is_rough(values[finite]):
+            dashes = {"lw": 0.5, "alpha": 0.5, "zorder": 1}  # they would hide what is below them
             means = _running_mean(updates[finite], values[finite])
             _plot(axes, (updates, values), color=PARTS[part], lw=0.8, alpha=0.5)
             _plot(axes, means, **style, label=f"{part}, running mean")
@@ -55,10 +59,11 @@ def loss_curves(
             marker = "o" if len(values) < 30 else ""
             _plot(axes, (updates, values), **style, marker=marker, label=part)
         for step in updates[values == 0][:1]:
-            edge = {"transform": axes.get_xaxis_transform(), "clip_on": False, "ls": "", "ms": 12}
+            edge = {"transform": axes.get_xaxis_transform(), "clip_on": False, "ls": ""}
+            edge["ms"] = 10 * size
             axes.plot(step, 0, marker="v", color=PARTS[part], **edge, label=f"{part} is 0")
     for curve in predicted:
-        _plot(axes, curve, color=BLACK, lw=1.2, ls="--", label="predicted")
+        _plot(axes, curve, color=BLACK, **dashes, label="predicted")
     if optimum is not None:
         seen = optimum > 1e-3 * axes.get_ylim()[0]
         label = f"optimum {optimum:.4g}{'' if seen else ', far below'}"
@@ -210,6 +215,10 @@ def _plot(axes: Axes, curve: Curve, **style: Any) -> None:
     axes.set_yscale("log")
 
 
+def _minor(digits: str, x: float, _: Any) -> str:
+    return f"{x:g}" if f"{x:e}"[0] in digits else ""
+
+
 def with_legend(figure: Figure) -> Figure:
     """Add the legend of the first axes above them, and plain numbers to short log axes."""
     axes = figure.axes[0]
@@ -217,7 +226,8 @@ def with_legend(figure: Figure) -> Figure:
         low, high = log.get_ylim()
         if high < 50 * low:
             log.yaxis.set_major_formatter("{x:g}")
-            log.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "12346" else "")
+            digits = "123456789" if high < 5 * low else "12346"
+            log.yaxis.set_minor_formatter(partial(_minor, digits))
     handles, labels = axes.get_legend_handles_labels()
     entries = dict(zip(labels, handles, strict=True))  # one for all predicted curves
     columns = 2 if len(entries) == 4 else 3
