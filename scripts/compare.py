@@ -55,7 +55,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float64", "float32"), default="float64", help="default: float64")
     add("--out", type=Path, default=Path("lightning_logs/compare"), metavar="DIR",
         help="folder of picture and runs (default: lightning_logs/compare)")  # fmt: skip
-    add("--html", type=Path, metavar="FILE", help="write the page to this file")
+    add("--html", type=Path, metavar="FILE", help="write the page to this new file, NAME.html")
+    add("--overwrite", action="store_true", help="replace the file of --html")
     add("--csv", metavar="FILE", help="your own table, instead of an experiment; from zeros")
     add("--target", metavar="COLUMN", help="what to predict in it")
     add("--features", nargs="+", metavar="COLUMN", help="one or two columns (default: all others)")
@@ -76,6 +77,11 @@ def _compare(arguments: argparse.Namespace) -> None:
     import page
     from compared_curves import compared_curves
 
+    page_file = arguments.html
+    if page_file and page_file.suffix != ".html":
+        raise ValueError(f"--html {page_file} must be a file that ends in .html")
+    if page_file and page_file.exists() and not arguments.overwrite:
+        raise FileExistsError(f"--html {page_file} exists already: choose another, or --overwrite")
     dtype, out, lr = getattr(torch, arguments.dtype), arguments.out, arguments.lr
     if arguments.csv:
         table = arguments.csv, arguments.target, arguments.features

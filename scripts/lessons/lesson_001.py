@@ -39,8 +39,8 @@ print(f"the gradient at w = 0: measured {measured:.2f}, calculated {np.mean(2 * 
 # lines. By autograd: torch records how `model.loss` was computed; `backward()` applies the chain
 # rule to each operation and leaves the result in `weight.grad`. It is the same number. (A torch
 # tensor is an array.) `check_gradients` compares the formula with measured slopes, for any model.
-# `check` compares our numbers with those after them, which are the notebook's, or follow from a
-# formula. A ✓ means that they are the same in every printed digit.
+# `check(name, ours, expected)` compares our numbers with those that the notebook prints, or that
+# a formula gives. A ✓ means that they are the same in every printed digit.
 
 # %%
 rows, targets = torch.tensor(x)[:, None], torch.tensor(y)
@@ -53,8 +53,8 @@ print(*check_gradients(model, rows, targets).lines(), sep="\n")
 # %% [markdown]
 # ## The notebook's loop, by NumPy
 #
-# It prints w after each update, the loss before it, and the prediction f(5), which should be 10,
-# before and after all. The first number, 1.200, is w after one update: 0 − 0.01 · (−120). So its
+# It prints w after each update and the loss before it; at the start and at the end f(5), which
+# should become 10. The first number, 1.200, is w after one update: 0 − 0.01 · (−120). So its
 # gradient is −120, and not −30. (`loss_rounding` is how far float32 numbers may move a loss.)
 
 # %%
