@@ -69,6 +69,8 @@ def check(words: Iterable[str]) -> None:
         elif option in BASES:
             chosen[option] = _check_class(option, value)
         elif option in CALLBACKS:
+            if value == "false":
+                raise UsageError(f"--{option} false: null switches it off")
             chosen[option] = ""  # another class, or null
     for option, value in options:
         option, value = option.removesuffix("+"), "[]" if option.endswith("+") else value
@@ -149,8 +151,7 @@ def _check_setting(
         raise UsageError(f"{label}: {part} has no setting {first!r}: {hint}")
     accepted = _alternatives(settings[first])
     if not rest and "" not in accepted and not any(_takes(form, value) for form in accepted):
-        near = nearest(repr(value), accepted)
-        hint = f"; did you mean {near}?" if near else ""
+        hint = f"; did you mean {near}?" if (near := nearest(repr(value), accepted)) else ""
         forms = " or ".join(WORDS.get(form, form) for form in accepted)
         raise UsageError(f"{label}={value} must be {forms}{hint}")
 

@@ -65,6 +65,7 @@ def _column(table: Any, name: str, where: str, first: int) -> np.ndarray:
     if values.dtype.kind == "f" and (bad := ~(np.abs(values, dtype="f8") < LARGEST)).any():
         row = bad.argmax()
         raise ValueError(
-            f"{where}, row {row + first}, column {name!r}: '{values[row]}' is not a finite number"
+            f"{where}, row {row + first}, column {name!r}: '{values[row]}' is not a finite number "
+            f"below {LARGEST:g}"
         )
     return values

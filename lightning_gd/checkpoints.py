@@ -51,6 +51,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: If it is a URL, holds code, is damaged, or was not written by this version.
     """
     file = Path(local(path))
+    if file.is_dir():
+        raise FileNotFoundError(f"checkpoint {path} is a folder without last.ckpt of a run")
     if not file.is_file():
         raise FileNotFoundError(f"checkpoint {path}: there is no such file")
     checkpoint = _loaded(file)
@@ -106,14 +108,14 @@ def check_class(checkpoint: dict[str, Any], cls: type) -> None:
         raise ValueError(f"the checkpoint is of {theirs}, the model is {mine}: they must be one")
 
 
-def check_shapes(checkpoint: dict[str, Any], model: nn.Module) -> None:
+def check_shapes(checkpoint: dict[str, Any], model: nn.Module, hint: str = "") -> None:
     """Raise ValueError, naming the first difference, for other parameter names or shapes."""
     theirs, mine = checkpoint.get("state_dict", {}), model.state_dict()
     for name in [*mine, *theirs]:
         there, here = (list(d[name].shape) if name in d else "absent" for d in (theirs, mine))
         if there != here:
             what = f"parameter {name!r} is {there} in the checkpoint, {here} in the model"
-            raise ValueError(what)
+            raise ValueError(f"{what}{hint}")
 
 
 def settings_of(checkpoint: dict[str, Any], key: str = "hyper_parameters") -> dict[str, Any]:

@@ -182,6 +182,6 @@ def _message(error: Exception) -> str:
     """Return the error in one line or a few, without the types that the parser tried."""
     text = str(error)
     if isinstance(error, ArgumentError) or "Does not validate" in text:
-        text = " ".join(_NOISE.sub("", text).split())
+        text = " ".join(_NOISE.sub("", text).split()).removeprefix("- ")
     plain = _status(error) > 1 or isinstance(error, (OSError, RuntimeError))
     return text if plain else f"{type(error).__name__}: {text}"

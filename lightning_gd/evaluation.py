@@ -187,7 +187,7 @@ def check_batch(model: nn.Module, content: Any) -> None:
     if isinstance(prediction, Tensor) and _broadcasts(prediction, y[:2]):
         raise ValueError(
             f"{type(model).__name__}.forward returns {form(prediction)} for x {form(x)}, which "
-            f"would broadcast with y {form(y)}: return the shape of y"
+            f"would broadcast with y {form(y)}: the two must have one shape"
         )
 
 

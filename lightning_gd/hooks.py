@@ -1,6 +1,5 @@
 """What a run of a GradientDescentModule does around its steps, beside the hooks of the model."""
 
-import math
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -10,13 +9,13 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DistributedSampler
 
 from lightning_gd.adaptation import adapt, move_to_place
-from lightning_gd.batch import DataBatch, EvenSteps, GivesUpdates, as_batch, batches_of
+from lightning_gd.batch import DataBatch, GivesUpdates, as_batch, batches_of
 from lightning_gd.curves import Value
 from lightning_gd.distributed import differing
 from lightning_gd.evaluation import EvaluatedModule, check_batch, watched
+from lightning_gd.loaders import effects
 from lightning_gd.settings import arguments_of
 from lightning_gd.updates import (
     STEPPED_HERE,
@@ -49,8 +48,9 @@ class RunHooks(Callback):
         if trainer.precision == "64-true":  # Lightning would load a checkpoint into float32 first
             pl_module.double()
         if stage == "fit":
-            kept = [getattr(logger, "kept", []) for logger in trainer.loggers]
-            pl_module.curves.restore(max(kept, key=len, default=[]))
+            kept = (getattr(logger, "kept", None) for logger in trainer.loggers)
+            lists = (points for points in kept if isinstance(points, list))  # of a RunLogger
+            pl_module.curves.restore(max(lists, key=len, default=[]))
 
     def teardown(self, trainer: Trainer, pl_module: EvaluatedModule, stage: str) -> None:
         pl_module.replays = None  # their memory on the GPU
@@ -72,27 +72,9 @@ class RunHooks(Callback):
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
-        """Warn of rows that a DataLoader repeats or drops, so that processes have as many each."""
-        loader = trainer.train_dataloader
-        endless = math.isinf(trainer.num_training_batches) and not isinstance(loader, EvenSteps)
-        if endless and trainer.world_size > 1 and trainer.is_global_zero:
-            warnings.warn(
-                "the loader has no length: where the batches of a process end before those of the "
-                "others, the run hangs until the timeout; give the Trainer EvenSteps(loader)",
-                stacklevel=2,
-            )
-        sampler = getattr(loader, "sampler", None)
-        if not isinstance(sampler, DistributedSampler) or not trainer.is_global_zero:
-            return
-        rows, processes = len(sampler.dataset), sampler.num_replicas  # pyright: ignore[reportArgumentType]
-        extra = sampler.total_size - rows
-        if extra:
-            what = f"{'repeats' if extra > 0 else 'leaves out'} {abs(extra)} of {rows} rows"
-            warnings.warn(
-                f"the DataLoader {what}, so that each of {processes} processes has as many: the "
-                "run is not that of one process; a TensorDataModule divides the rows without it",
-                stacklevel=2,
-            )
+        """Warn of what a DataLoader of one's own does to the run."""
+        for words in effects(trainer) if trainer.is_global_zero else ():
+            warnings.warn(words, stacklevel=2)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         self.epoch_loss = [0.0, 0.0]

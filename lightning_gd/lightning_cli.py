@@ -6,7 +6,6 @@ import logging
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 import yaml
@@ -21,13 +20,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import lightning_gd
 from lightning_gd import ending, verbs
 from lightning_gd.arguments import CALLBACKS
-from lightning_gd.checkpoints import check_class, check_shapes, read
-from lightning_gd.data.tensors import TensorDataModule, tensor_data
+from lightning_gd.checkpoints import OURS, check_class, check_shapes, class_name, read
+from lightning_gd.data.tensors import tensor_data
 from lightning_gd.export import check_target
 from lightning_gd.loggers import for_run, run_folder, run_logger, with_names, without
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.resume import find, run_of, settings_in, start_of
 from lightning_gd.settings import check_precision, number
+from lightning_gd.widths import class_of, infer
 
 TRAINER = {"enable_model_summary": False, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
 OPTIONAL = {"enable_checkpointing": Checkpoint, "enable_progress_bar": ProgressBar}
@@ -36,6 +36,7 @@ UNAVOIDABLE = (  # warnings that no setting of the user would avoid
     ".*LeafSpec.* is deprecated",  # raised inside Lightning by a newer torch
     "`torch.jit.script` is deprecated",  # raised inside torch when torch.func is first used
     "Guards may run slower on Python 3.13.0",  # raised inside torch when a model is exported
+    ".*log\\('train/loss'",  # asks for a mean over processes of what is such a mean already
 )
 for name in dir(lightning_gd):  # what is imported can be given by its short name
     getattr(lightning_gd, name)
@@ -45,7 +46,8 @@ class SaveConfig(SaveConfigCallback):
     """Writes the resolved `config.yaml` into the folder of the run."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = run_folder(trainer) or Path(trainer.default_root_dir)
+        if (folder := run_folder(trainer)) is None:  # a file elsewhere may be the user's
+            return
         folder.mkdir(parents=True, exist_ok=True)
         path = str(folder / self.config_filename)
         self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
@@ -99,6 +101,8 @@ class CommandLine(LightningCLI):
             config = parser.parse_args(others)
             args = with_names(args, config.trainer.default_root_dir or LOGS, config.experiment)
         self.config = config = parser.parse_args(args)
+        if Path(config.experiment).name != config.experiment or config.experiment in ("", ".."):
+            raise ValueError(f"experiment={config.experiment!r} must be the name of a folder")
         if self.verb == "export":
             check_target(config.to, config.overwrite)
             if config.ckpt_path is None:
@@ -108,8 +112,8 @@ class CommandLine(LightningCLI):
         runs = Path(config.trainer.default_root_dir or LOGS, config.experiment)
         file = find(config.ckpt_path, runs)
         self.checkpoint = read(file)
-        check_class(self.checkpoint, _class(config.model))
-        theirs = settings_in(self.checkpoint, _class(config.data))
+        check_class(self.checkpoint, class_of(config.model))
+        theirs = settings_in(self.checkpoint, class_of(config.data))
         below = {p: {"class_path": config[p].class_path, "init_args": v} for p, v in theirs.items()}
         typed = 2 * args.count("--config") + 2  # after the experiment and the files
         words = [*args[:typed], "--config", yaml.safe_dump(below), *args[typed:]]
@@ -120,23 +124,19 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Infer num_features of the model from the data if it was not set."""
-        model, kind = self.config.model, _class(self.config.data)
-        default = _default_width(_class(model))
-        if default is None or not issubclass(kind, TensorDataModule):
-            return
-        width = model.init_args["num_features"]
-        wanted = kind(**self.config.data.init_args.as_dict()).num_features or width
-        if width not in (default, wanted):
-            raise ValueError(
-                f"num_features={width} does not fit the data, whose x is [N, {wanted}]: set "
-                f"--model.num_features {wanted}, or leave it out"
-            )
-        model.init_args["num_features"] = wanted
+        infer(self.config.model, self.config.data, self._other_data)
 
     def after_instantiate_classes(self) -> None:
         """Refuse weights of another shape before any work."""
         if self.checkpoint:
-            check_shapes(self.checkpoint, self.model)
+            check_shapes(self.checkpoint, self.model, self._other_data)
+
+    @property
+    def _other_data(self) -> str:
+        """What is said of data other than those of the checkpoint, where the model fits neither."""
+        theirs = self.checkpoint.get(OURS, {}).get("data", "NoneType")
+        other = "NoneType" not in theirs and theirs != class_name(class_of(self.config.data))
+        return f"; the checkpoint is of --data {theirs}" if other else ""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the logger, the callbacks that are on, and the timeout of processes."""
@@ -208,16 +208,6 @@ class CommandLine(LightningCLI):
         tables = tensor_data(self.trainer)
         overridden = is_overridden("test_dataloader", self.datamodule, LightningDataModule)
         return overridden if tables is None else "test" in tables.tables
-
-
-def _class(config: Any) -> Any:
-    return locate(config.class_path)
-
-
-def _default_width(model: type) -> int | None:
-    """Return the default of `num_features`, of the class or of the one that takes its kwargs."""
-    own = (inspect.signature(cls.__init__).parameters for cls in model.__mro__)
-    return next((p["num_features"].default for p in own if "num_features" in p), None)
 
 
 def run(verb: str, words: list[str]) -> None:

@@ -79,7 +79,8 @@ class GradientDescentModule(ConfiguredModule):
     def gradients(self, *batch: Any, **named: Any) -> Gradients:
         """Return the gradient of exactly that loss, by the names of `named_parameters()`."""
         raise NotImplementedError(
-            f"{type(self).__name__} must define gradients; gradient='autograd' does without"
+            f"{type(self).__name__} must define gradients (`gradients = by_autograd` is a start); "
+            "gradient='autograd' does without"
         )
 
     def loss_and_gradients(self, *batch: Any, **named: Any) -> tuple[Tensor, Gradients]:

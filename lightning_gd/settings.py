@@ -75,6 +75,8 @@ def check_settings(h: Mapping[str, Any]) -> None:
     whole_number("accumulate_grad_batches", h["accumulate_grad_batches"], 1)
     if not isinstance(h.get("cuda_graph", False), bool):
         raise ValueError(f"cuda_graph={h['cuda_graph']!r} must be True or False")
+    if h["scheduler_args"] and h["scheduler"] is None:
+        raise ValueError(f"scheduler_args={h['scheduler_args']!r} need a scheduler: set it, too")
     for name, owner in (("optimizer_args", "optimizer"), ("scheduler_args", "scheduler")):
         if h[name] is not None and not isinstance(h[name], dict):
             raise ValueError(f"{name}={h[name]!r} must map arguments of the {owner} to values")
@@ -144,7 +146,8 @@ def _find(name: str, home: str, base: type, setting: str) -> Any:
         raise ValueError(f"{setting}={name!r} cannot be imported: {error}") from error
     if isinstance(cls, type) and issubclass(cls, base):
         return cls
-    found = {k: cls for k, cls in vars(importlib.import_module(home)).items() if cls is not base}
+    public = vars(importlib.import_module(home)).items()
+    found = {k: cls for k, cls in public if cls is not base and not k.startswith("_")}
     known = [key for key, cls in found.items() if isinstance(cls, type) and issubclass(cls, base)]
     raise ValueError(unknown(setting, name, known, f" (of {home})"))
 

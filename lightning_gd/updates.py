@@ -1,5 +1,6 @@
 """What happens around a single update: its gradients, their norm, schedulers, divergence."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning_gd.batch import Batch, CountsUpdates
 from lightning_gd.evaluation import EvaluatedModule
 from lightning_gd.settings import DivergenceError
 
+NO_DICT = "{} are of type {}: they must be a dict of tensors by the names of the parameters"
 STEPPED_HERE = 2**62  # a frequency at which Lightning never steps a scheduler
 
 
@@ -22,9 +24,11 @@ def in_order(
     """Return the loss, and the gradients in the order of the trained parameters.
 
     Raises:
-        ValueError: If one is missing, or has another shape than its parameter.
+        ValueError: If they are no dict, or one is missing, or has another shape than its parameter.
     """
     (loss, gradients), model = batch.loss_and_gradients(module), type(module).__name__
+    if not isinstance(gradients, dict):
+        raise ValueError(NO_DICT.format(f"the gradients of {model}", type(gradients).__name__))
     for name, parameter in trained.items():
         if name not in gradients:
             raise ValueError(
@@ -76,6 +80,18 @@ def _due(trainer: Trainer, interval: str) -> list[Any]:
         per_epoch = loader.updates_per_epoch if counts else trainer.num_training_batches
         made = (trainer.global_step - 1) % per_epoch + 1
     return [c for c in configs if c.frequency == STEPPED_HERE or made % c.frequency == 0]
+
+
+def updates_in_run(trainer: Trainer) -> float:
+    """Return the number of updates after which a run ends by its limits; infinite without any."""
+    loader, epochs = trainer.train_dataloader, trainer.max_epochs or -1
+    if isinstance(loader, CountsUpdates):
+        per_epoch: float = loader.updates_per_epoch
+    else:
+        batches = trainer.num_training_batches / trainer.accumulate_grad_batches
+        per_epoch = math.ceil(batches) if math.isfinite(batches) else batches
+    limits = trainer.max_steps, epochs * per_epoch
+    return min((limit for limit in limits if limit > 0), default=math.inf)
 
 
 def updates_in_epoch(trainer: Trainer) -> int | None:

@@ -88,6 +88,10 @@ def test_the_page_is_one_file_and_holds_what_the_loss_depends_on(tmp_path, monke
     words = ["--csv", "t.csv", "--target", "price", "--steps", "6", "--out", "out"]
     assert compare.main([*words, "--html", "sub/page.html"]) == 0
     assert "page: sub/page.html" in capsys.readouterr().out
+    assert compare.main([*words, "--html", "sub/page.html"]) == 1  # unless it is to be replaced
+    assert "exists already: choose another, or --overwrite" in capsys.readouterr().err
+    assert compare.main([*words, "--html", "t.csv"]) == 2
+    assert compare.main([*words, "--html", "sub/page.html", "--overwrite"]) == 0
     text = Path("sub/page.html").read_text(encoding="utf-8")
     assert set(re.findall(r"https?://[^\"' ]+", text)) == {"http://www.w3.org/2000/svg"}
     assert "<b>" not in text.partition("const DATA")[2].partition("\n")[0]

@@ -203,7 +203,7 @@ MISTAKES = {
     "constant": (weight(lambda m, g, x, s: x.sum(0)), "stale: the same at other weights"),
     "nan": (weight(lambda m, g, x, s: g / 0), "explicit (inf|-inf|nan), autograd"),
     "raises": (weight(lambda m, g, x, s: x @ s[:, None, None, None]), "gradients raised Runt"),
-    "no dict": (lambda m, g, x, s: (1, 2), "gradients raised Attr.*tuple"),
+    "no dict": (lambda m, g, x, s: (1, 2), "gradients raised Type.*tuple, not a dict"),
     "no tensor": (weight(lambda m, g, x, s: 0.5), "gradients raised Attr.*float"),
     "bias doubled": (bias(lambda s: 2 * s.mean()), "bias: 2 times"),
     "bias negated": (bias(lambda s: -s.mean()), "bias: -1 times"),

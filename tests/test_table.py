@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import mpmath  # comes with torch
+import numpy as np
 import pytest
 import torch
 from conftest import fit, run
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_gd import LinearRegression, Moments
 from lightning_gd.callbacks.coefficients import Coefficients, standard_errors
+from lightning_gd.callbacks.curvature_report import CurvatureReport
 from lightning_gd.callbacks.predictions import Predictions
 from lightning_gd.data.table import LONGLEY, TableData
 from lightning_gd.optimum import Optimum
@@ -244,11 +246,34 @@ def test_a_fit_reaches_what_nist_certifies(make_trainer, tmp_path, capsys):
     )
 
 
+def test_a_target_that_does_not_vary_is_the_scale_itself(make_trainer, tmp_path, capsys):
+    """Its weights are rounding errors, so that the intercept is the largest coefficient."""
+    rng = np.random.default_rng(0)
+    lines = [f"{a},{b},7" for a, b in rng.normal(size=(20, 2))]
+    (tmp_path / "t.csv").write_text("\n".join(["a,b,y", *lines]))
+    data = TableData(str(tmp_path / "t.csv"), "y", passes_per_epoch=100)
+    rows = fitted(make_trainer, data, tmp_path, 100, lr=0.01)
+    found = re.search(r"updates: ([\d.]+) of the largest", capsys.readouterr().out)
+    assert found is not None
+    # The intercept of standardized columns is the mean: 7 (1 - 0.98^100) after 100 updates.
+    assert float(found[1]) == pytest.approx(0.98**100, rel=0.05)  # two digits are printed
+    assert float(rows[-1]["least_squares"]) == pytest.approx(7)
+
+
+def test_a_loss_that_swings_with_momentum_is_no_reason_to_warn(make_trainer, tmp_path, capsys):
+    data = TableData(passes_per_epoch=290)
+    trainer = make_trainer(max_steps=290, callbacks=[CurvatureReport()])
+    trainer.fit(model := LinearRegression(6, lr="auto", momentum=0.99), datamodule=data)
+    losses = model.curves.history["train/loss"][1]
+    assert losses[-1] > 1.1 * min(losses)  # of which another loss would be warned
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_a_fit_says_how_far_it_is(make_trainer, tmp_path, capsys):
     data = TableData(near_copy(tmp_path / "t.csv", 1e-2), "y", passes_per_epoch=300)
     rows = fitted(make_trainer, data, tmp_path, 300, lr=0.2)
     found = re.search(
-        r"after 300 updates ([\d.]+) of the largest coefficient away from the exact one\n"
+        r"after 300 updates: ([\d.]+) of the largest coefficient away from the exact one\n"
         r"condition number ([\d.e+]+)",
         capsys.readouterr().out,
     )
@@ -366,4 +391,4 @@ def test_one_command_fits_a_table_and_one_predicts(tmp_path, monkeypatch):
     assert written[0] == "row,target,prediction" and len(written) == 4
     for verb in ("test", "predict"):
         status, _, err = run(verb, "--config", "table", "--data.test_fraction", "0", *quiet)
-        assert status == 2 and "no test rows: for a table set --data.test_fraction" in err
+        assert status == 2 and "no test rows: set --data.test_fraction" in err

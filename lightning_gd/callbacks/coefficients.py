@@ -62,8 +62,9 @@ class Coefficients(Callback):
         for part in sorted(parts, reverse=True):
             print(f"{part}: {_quality(data.tables[part], moments.get(part), theta)}")
         if getattr(type(pl_module), "loss", None) is LinearRegression.loss:
-            far, made = _distance(theta, _all_of(best)), f"after {trainer.global_step:,} updates"
-            print(f"{made} {far:.2g} of the largest coefficient away from the exact one")
+            made = f"standardized, after {trainer.global_step:,} updates"
+            far = _distance(theta, _all_of(best))
+            print(f"{made}: {far:.2g} of the largest coefficient away from the exact one")
             kept, size = len(best.lengths), len(data.features)
             along = f" along {kept} of {size} directions" if kept < size else ""
             print(f"condition number {best.condition_number:.3g}{along}")
@@ -112,8 +113,9 @@ def _quality(table: Table, moments: Moments | None, theta: Tensor) -> str:
 
 
 def _distance(theta: Tensor, best: Tensor) -> float:
-    # The weights for a target that hardly varies are rounding errors, and no scale.
-    size = max(float(best[:-1].abs().max()), 1e-9 * abs(float(best[-1]))) or 1.0
+    size, offset = float(best[:-1].abs().max()), abs(float(best[-1]))
+    if size <= 1e-9 * offset:  # of a target that hardly varies: rounding errors, and no scale
+        size = offset or 1.0
     return float((theta - best).abs().max()) / size
 
 

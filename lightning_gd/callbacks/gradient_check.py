@@ -22,6 +22,7 @@ from lightning_gd.gradcheck.tally import Tally
 from lightning_gd.kept_update import KeptUpdate
 from lightning_gd.module import GradientDescentModule
 from lightning_gd.settings import one_of, whole_number
+from lightning_gd.updates import updates_in_run
 
 EARLY = (0, 1, 10, 100)  # updates that are always checked
 RECORDS = vars(GradientDescentModule()).keys()  # attributes of a run, beside those of the formula
@@ -30,7 +31,7 @@ RECORDS = vars(GradientDescentModule()).keys()  # attributes of a run, beside th
 class GradientCheck(Tally, Callback):
     """Checks the formula, and the gradient that the optimizer gets, at single updates.
 
-    These are the updates 0, 1, 10, 100, every `every_n_updates`, and the last one of `max_steps`.
+    These are the updates 0, 1, 10, 100, every `every_n_updates`, and the last one of the run.
     The gradient is that of the formula in explicit mode, on a few random rows. Of any other
     LightningModule it is that of autograd through its `training_step`, with every hand-written
     `backward` in it. It is compared with differences of the loss; a formula that they found right
@@ -159,7 +160,8 @@ class GradientCheck(Tally, Callback):
 
     def _look_ahead(self, trainer: Trainer, step: int) -> None:
         """Find the next update to check, and keep the random state if it is this one."""
-        now, last = step // self._share, (trainer.max_steps - 1) // self._share
+        steps = trainer.max_steps if self._share > 1 else updates_in_run(trainer)
+        now, last = step // self._share, (steps - 1) // self._share
         n = self.every_n_updates
         due = [k for k in (*EARLY, -(-now // n) * n, last) if k >= now]
         self._due = min(due, default=math.inf)

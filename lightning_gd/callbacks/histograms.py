@@ -15,7 +15,8 @@ class WeightHistograms(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer, pl_module)
+        if not trainer.global_step:  # a resumed run has its own already
+            self._write(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (trainer.current_epoch + 1).bit_count() == 1:

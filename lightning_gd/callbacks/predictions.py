@@ -10,25 +10,31 @@ from lightning_gd.callbacks.run_folder import write_csv
 from lightning_gd.data.tensors import EVALUATION_ROWS, tensor_data
 from lightning_gd.distributed import reduce_sum
 
+HEADER = ("row", "target", "prediction")
+
 
 class Predictions(Callback):
     """Writes `predictions.csv` into the folder of a `predict` run, one line per test row.
 
     `row` counts the test rows from 0; for a table read from a file it is the line of that file,
     whose header is line 1. `target` is empty where it is not known. Several numbers per row stand
-    in one cell, separated by spaces. It needs a TensorDataModule.
+    in one cell, separated by spaces. On several processes it needs a TensorDataModule.
     """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._found: Tensor | None = None  # shape [N, K + 1]: K numbers, and 1 if they are known
+        self._batches: list[tuple[Tensor, Any]] = []  # predictions and targets of foreign data
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         data, first = tensor_data(trainer), batch_idx * EVALUATION_ROWS
-        if data is None or not isinstance(outputs, Tensor) or outputs.ndim == 0:
+        if not isinstance(outputs, Tensor) or outputs.ndim == 0:
             return
         values = outputs[:, None].flatten(1)
+        if data is None:
+            self._batches.append((values.cpu(), batch))
+            return
         if self._found is None:
             self._found = values.new_zeros(len(data.tables["test"]), values.shape[1] + 1)
         rows = self._found[first : first + EVALUATION_ROWS]
@@ -37,19 +43,30 @@ class Predictions(Callback):
             rows.copy_(torch.cat([values, torch.ones_like(values[:, :1])], dim=1))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = tensor_data(trainer)
-        if data is None or self._found is None:
-            return
-        found = reduce_sum(self._found).cpu()
+        data, rows = tensor_data(trainer), list[tuple[Any, ...]]()
+        if data is None and trainer.world_size == 1:
+            for values, batch in self._batches:
+                targets = _targets(batch, len(values))
+                rows += [(len(rows) + k, targets[k], _cell(v)) for k, v in enumerate(values)]
+        elif data is not None and self._found is not None:
+            found, target = reduce_sum(self._found).cpu(), data.tables["test"].targets()
+            numbers = getattr(data, "test_lines", range(len(found)))
+            known = found[:, -1].nonzero().flatten().tolist()
+            rows = [(numbers[i], _cell(target[i]), _cell(found[i, :-1])) for i in known]
         if not trainer.is_global_zero:
             return
-        target = data.tables["test"].targets()
-        numbers = getattr(data, "test_lines", range(len(found)))
-        rows: list[tuple[Any, ...]] = [("row", "target", "prediction")]
-        for i in found[:, -1].nonzero().flatten().tolist():
-            rows.append((numbers[i], _cell(target[i]), _cell(found[i, :-1])))
-        if path := write_csv(trainer, "predictions.csv", rows):
+        if not rows:
+            print("no predictions.csv is written: it needs predictions with one tensor per batch")
+        elif path := write_csv(trainer, "predictions.csv", [HEADER, *rows]):
             print(f"predictions: {path}")
+
+
+def _targets(batch: Any, rows: int) -> list[str]:
+    """Return the second tensor of a batch, if it has so many rows, else empty cells."""
+    y = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+    if not isinstance(y, Tensor) or y.shape[:1] != (rows,):
+        return [""] * rows
+    return [_cell(value) for value in y]
 
 
 def _cell(values: Tensor) -> str:

@@ -1,6 +1,7 @@
 """The best and the last checkpoint of a run."""
 
 import warnings
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ class RunCheckpoint(Checkpoint):
     validate, of the lowest `train/loss` of an epoch. Test data are never looked at.
 
     Args:
-        dirpath: Folder; null for `checkpoints` in the folder of the run.
+        dirpath: Folder; null for `checkpoints` in the folder of the run, or without a logger in
+            that of the Trainer, with a number behind if there are checkpoints already.
         every_n_updates: Save the last after every so many updates; null: at the end of each
             epoch. Checkpoints are written between steps, so `data.updates_per_step` must divide
             it, and the updates of an epoch.
@@ -40,7 +42,7 @@ class RunCheckpoint(Checkpoint):
         self._folder, self._validated, self._saved = None, -1, 0
         if stage != "fit" or getattr(trainer, "fast_dev_run", False):
             return
-        self._folder = Path(self.dirpath) if self.dirpath else _run_folder(trainer) / "checkpoints"
+        self._folder = Path(self.dirpath) if self.dirpath else _new_folder(trainer)
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -124,6 +126,14 @@ def _validates_now(trainer: Trainer, batch_idx: int) -> bool:
     return (trainer.current_epoch + 1) % epochs == 0 and (batch_idx + 1) % every == 0
 
 
-def _run_folder(trainer: Trainer) -> Path:
-    """Return the folder of the run on every process; that of the Trainer without a logger."""
-    return Path(trainer.strategy.broadcast(str(run_folder(trainer) or trainer.default_root_dir)))
+def _new_folder(trainer: Trainer) -> Path:
+    """Return the folder of the run's checkpoints on every process.
+
+    Without a logger it is one of the Trainer's folder that has no checkpoints of another run.
+    """
+    folder = run_folder(trainer)
+    found = Path(folder or trainer.default_root_dir, "checkpoints")
+    others = (found.with_name(f"checkpoints_{k}") for k in count(1))
+    while folder is None and (found / "last.ckpt").exists():
+        found = next(others)
+    return Path(trainer.strategy.broadcast(str(found)))

@@ -79,7 +79,7 @@ def numbers(path: str, name: str, column: Any) -> Tensor:
     if bad:
         cell, line = column.iloc[bad[0]], column.index[bad[0]] + 2
         empty = "the cell is empty, or a word such as NA"
-        what = empty if pandas.isna(cell) else f"'{cell}' is not a finite number"
+        what = empty if pandas.isna(cell) else f"'{cell}' is not a finite number below {LARGEST:g}"
         raise ValueError(
             f"{path}, line {line}, column {name!r}: {what}; correct it, or choose other columns "
             "with --data.features"

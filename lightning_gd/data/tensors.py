@@ -23,7 +23,8 @@ class TensorDataModule(LightningDataModule):
 
     Args:
         batch_size: Rows of one update, over all processes together; null is the full batch.
-        passes_per_epoch: Full-batch updates that make one epoch of the Trainer.
+        passes_per_epoch: Full-batch updates that make one epoch of the Trainer; mini-batches make
+            one pass per epoch whatever it is.
         num_val: Rows taken from the end of the training part for validation; 0 for none.
         updates_per_step: Updates per `training_step` of a model in explicit mode. More are
             faster, and Lightning's intervals (`limit_train_batches`, `val_check_interval`,
@@ -58,10 +59,9 @@ class TensorDataModule(LightningDataModule):
         self.batch_size, self.passes_per_epoch, self.num_val = batch_size, passes_per_epoch, num_val
         self.updates_per_step, self.moments, self.seed = updates_per_step, moments, seed
         self.tables: dict[str, Table] = {}
-        if batch_size is not None and (moments or passes_per_epoch > 1):
-            setting = "moments=True" if moments else f"passes_per_epoch={passes_per_epoch}"
+        if batch_size is not None and moments:
             raise ValueError(
-                f"{setting} needs the full batch: set batch_size=None (got {batch_size})"
+                f"moments=True needs the full batch: leave --data.batch_size out (got {batch_size})"
             )
 
     def load(self) -> dict[str, Table]:
@@ -86,7 +86,7 @@ class TensorDataModule(LightningDataModule):
         if stage == "validate" and "val" not in self.tables:
             raise ValueError("num_val=0 leaves no rows to validate on: set --data.num_val")
         if stage in ("test", "predict") and "test" not in self.tables:
-            raise ValueError("the data have no test rows: for a table set --data.test_fraction")
+            raise ValueError("the data have no test rows: set --data.test_fraction")
         own = type(self).val_dataloader is TensorDataModule.val_dataloader
         if own and "val" not in self.tables and self.trainer is not None:
             self.val_dataloader = super().val_dataloader  # not overridden: nothing to validate on
@@ -153,7 +153,7 @@ class TensorDataModule(LightningDataModule):
         return GlobalBatches(
             self.tables["train"],
             self.batch_size,
-            passes=self.passes_per_epoch,
+            passes=self.passes_per_epoch if self.full_batch else 1,
             seed=None if trainer is not None and trainer.overfit_batches else self.seed,
             process=self._process,
             trainer=trainer,

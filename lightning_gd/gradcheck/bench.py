@@ -147,6 +147,8 @@ class Bench:
         self._place(weights)
         found = self._watched(lambda model, batch: call(getattr(model, method), batch), method)
         found = found[1] if method == "loss_and_gradients" else found
+        if not isinstance(found, dict):
+            raise TypeError(f"it returned {type(found).__name__}, not a dict of tensors by name")
         return {name: gradient.detach().clone() for name, gradient in found.items()}
 
     def loss(self, weights: Weights) -> float:

@@ -171,8 +171,10 @@ class Comparison:
         )
         words = suspect.name_mistake(self.bench.rows)
         if formula:
-            worst = max(zip(found, right, strict=True), key=lambda pair: largest(pair[0] - pair[1]))
-            return words or worst_entry(kind, *worst)
+            errors = [largest(one - other) for one, other in zip(found, right, strict=True)]
+            k = int(errors[1] > errors[0])
+            where = " after a random step of the weights" * k
+            return words or f"{worst_entry(kind, found[k], right[k])}{where}"
         return f"{words or self._values(name)}{self._blamed()}"
 
     def _repeats(self, name: str) -> bool:
