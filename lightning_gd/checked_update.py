@@ -18,11 +18,10 @@ from torch.optim import Optimizer
 from lightning_gd.batch import DataBatch, as_batch, count_rows, draw, is_current
 from lightning_gd.data.tensors import tensor_data
 from lightning_gd.distributed import reduce_sum, world_size
-from lightning_gd.gradcheck.bench import Loss
-from lightning_gd.gradcheck.check import check_formula, loss_of_step, own_loss
+from lightning_gd.gradcheck.check import MISSING, check_formula, loss_of_step, own_loss
 from lightning_gd.gradcheck.delivered import Delivery, Part
 from lightning_gd.gradcheck.graph import dense
-from lightning_gd.gradcheck.point import Weights
+from lightning_gd.gradcheck.point import Loss, Weights
 from lightning_gd.gradcheck.randomness import RandomState
 from lightning_gd.gradcheck.repeated import Repeated
 from lightning_gd.gradcheck.report import GradientReport, ParameterReport
@@ -88,23 +87,24 @@ class Update:
             state: The random state before the first of them, if the part has none.
             rows: On which a formula is checked.
             repeated: Checks a formula that was found right.
-            turn: Number of the check: each one looks at another batch.
+            turn: Number of the check: each one looks at another batch that has a loss.
         """
-        weighted = [part for part in parts if part.weight]
-        if not weighted:
-            return GradientReport(()), True
-        part = weighted[turn % len(weighted)]
-        step, batch, loss = self.trainer.global_step, part.batch, part.loss
-        state = part.state or state
-        if self.own:
-            batch, state, loss = draw(batch, rows, step), RandomState.seeded(step), own_loss
+        weighted, report = [part for part in parts if part.weight], GradientReport(())
         several = self.trainer.world_size * len(parts) * self.trainer.accumulate_grad_batches > 1
-        if self.own and several and (words := not_a_mean(before, batch)):
-            return GradientReport((ParameterReport("loss", diagnosis=words),)), True
-        given, report = (before, batch, loss, state), None
-        if repeated is not None and self.explicit and self.reference is None:
-            report = repeated.report(*given)
-        report = report or check_formula(*given, self.explicit, self.reference)
+        for k in range(len(weighted)):
+            part = weighted[(turn + k) % len(weighted)]
+            step, batch, loss = self.trainer.global_step, part.batch, part.loss
+            given = part.state or state
+            if self.own:
+                batch, given, loss = draw(batch, rows, step), RandomState.seeded(step), own_loss
+            if self.own and several and (words := not_a_mean(before, batch)):
+                return GradientReport((ParameterReport("loss", diagnosis=words),)), True
+            known = repeated if self.explicit and self.reference is None else None
+            report = known and known.report(before, batch, loss, given)
+            asked = before, batch, loss, given, self.explicit, self.reference
+            report = report or check_formula(*asked)
+            if MISSING not in report.failure:
+                break
         return report, self.explicit or not report.functions
 
     def part(self, batch: Any, batch_idx: int, state: RandomState | None) -> Part:

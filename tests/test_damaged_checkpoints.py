@@ -77,7 +77,7 @@ def sparse(good, file):
 THERE_IS_NONE = "there is no such file"
 FILES = {  # how each is made, and what is said of it
     "pipe": (lambda good, file: os.mkfifo(file), THERE_IS_NONE),
-    "folder": (lambda good, file: file.mkdir(), THERE_IS_NONE),
+    "folder": (lambda good, file: file.mkdir(), "is a folder without last.ckpt of a run"),
     "10 GB of nothing": (sparse, "is damaged, cut off"),
     "link to nothing": (lambda good, file: file.symlink_to("nowhere"), THERE_IS_NONE),
     "link to itself": (lambda good, file: file.symlink_to(file.name), ""),

@@ -65,6 +65,7 @@ def test_other_streams_are_warned_of(world, wrapped, batches):
         train_dataloader=EvenSteps(stream) if wrapped else stream,
         num_training_batches=batches or math.inf,
         world_size=world,
+        global_step=0,
         is_global_zero=True,
     )
     module: Any = None

@@ -1,7 +1,6 @@
 """A model whose loss, gradients and slopes can be asked for at any weights."""
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 import lightning_gd.gradcheck.graph as graph
 from lightning_gd.batch import call, count_rows, tensors
 from lightning_gd.distributed import alone, world_size
-from lightning_gd.gradcheck.point import AUTOGRAD, FORMULA, Point, Weights
+from lightning_gd.gradcheck.point import AUTOGRAD, FORMULA, Loss, Point, Weights
 from lightning_gd.gradcheck.precision import InFloat64
 from lightning_gd.gradcheck.randomness import RandomState
 from lightning_gd.gradcheck.report import NoLoss
@@ -27,8 +26,6 @@ AGAIN = (
 )
 SCALE = 0.5  # of the loss in the backward pass: one that takes grad_output as 1 is wrong then
 OTHER = 1e-3  # the relative difference of two losses above which rounding is no explanation
-
-Loss = Callable[[Any, Any], Tensor]  # of a model and a batch, shape []
 
 
 class Bench:

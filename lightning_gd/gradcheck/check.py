@@ -11,12 +11,15 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_gd.batch import call
-from lightning_gd.gradcheck.bench import Bench, Loss
+from lightning_gd.gradcheck.bench import Bench
 from lightning_gd.gradcheck.comparison import Comparison
+from lightning_gd.gradcheck.point import Loss
 from lightning_gd.gradcheck.precision import InFloat64, eager
 from lightning_gd.gradcheck.randomness import RandomState, same_randomness
 from lightning_gd.gradcheck.report import GradientReport, NoLoss
 from lightning_gd.gradcheck.twin import twin
+
+MISSING = "training_step returned None"
 
 
 def check_gradients(
@@ -83,7 +86,7 @@ def loss_of_step(model: Any, batch: Any, batch_idx: int) -> Tensor:
     found = model.training_step(batch, batch_idx) if indexed else model.training_step(batch)
     found = found["loss"] if isinstance(found, dict) else found
     if found is None:
-        raise NoLoss("training_step returned None")
+        raise NoLoss(MISSING)
     if not isinstance(found, Tensor):
         raise TypeError(f"training_step returned {found!r} and no loss: give loss=")
     return found

@@ -28,6 +28,7 @@ FEW, SHORT = 8, 1e-10  # parameters that are not asked all together; eps of a sh
 ROUGH = 1e-4  # of the slope: an uncertainty of this size is no reason for further calls
 CANCELLED = 64  # eps of the larger loss: what is left of it in one that almost vanishes
 MOST_NAMED = 8  # wrong parameters that are looked at further
+MOVED = " after a random step of the weights"
 NEAR = 1e-3  # of factors that are found by differences
 
 
@@ -65,7 +66,8 @@ class Comparison:
             words |= self._not_repeated(sound)
         final = []
         for name, reports in found.items():
-            best = max(reports, key=_clarity, default=ParameterReport(name))
+            nothing = ParameterReport(name)
+            best = max(reports, key=lambda r: r.size / (r.bound or 1.0), default=nothing)
             final.append(replace(best, diagnosis=words[name] or self._name(name)))
         known = f"unknown name: named_parameters() are {list(bench.start)}"
         unknown = [name for name in given[self.kinds[0]] if name not in bench.start]
@@ -173,8 +175,7 @@ class Comparison:
         if formula:
             errors = [largest(one - other) for one, other in zip(found, right, strict=True)]
             k = int(errors[1] > errors[0])
-            where = " after a random step of the weights" * k
-            return words or f"{worst_entry(kind, found[k], right[k])}{where}"
+            return words or worst_entry(kind, found[k], right[k]) + MOVED * k
         return f"{words or self._values(name)}{self._blamed()}"
 
     def _repeats(self, name: str) -> bool:
@@ -230,10 +231,6 @@ class Comparison:
         common = set.intersection(*passed)
         names = common - set().union(*right) or common
         return f"; it passes through {', '.join(sorted(names))}" if names else ""
-
-
-def _clarity(report: ParameterReport) -> float:
-    return report.size / (report.bound or 1.0)
 
 
 def _groups(names: Sequence[str], count: int) -> list[list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gd.gradcheck.bench import SCALE, Loss
+from lightning_gd.gradcheck.bench import SCALE
 from lightning_gd.gradcheck.diagnosis import (
     first_line,
     largest,
@@ -18,7 +18,7 @@ from lightning_gd.gradcheck.diagnosis import (
     ratio,
 )
 from lightning_gd.gradcheck.graph import gradients_of, precision_seen
-from lightning_gd.gradcheck.point import Weights
+from lightning_gd.gradcheck.point import Loss, Weights
 from lightning_gd.gradcheck.precision import eager
 from lightning_gd.gradcheck.randomness import RandomState, generators_of, torch_states
 from lightning_gd.gradcheck.report import GradientReport, NoLoss, ParameterReport

@@ -1,7 +1,9 @@
 """What is measured of a loss at one set of weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +13,7 @@ FARTHEST = 8  # times the size of a parameter, or 1: the longest direction
 FORMULA, AUTOGRAD = "explicit", "autograd"  # kinds of gradients
 
 Weights = dict[str, Tensor]
+Loss = Callable[[Any, Any], Tensor]  # of a model and a batch, shape []
 
 
 @dataclass

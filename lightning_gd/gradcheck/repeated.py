@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_gd.gradcheck.bench import Bench, Loss
+from lightning_gd.gradcheck.bench import Bench
 from lightning_gd.gradcheck.comparison import Comparison
+from lightning_gd.gradcheck.point import Loss
 from lightning_gd.gradcheck.precision import eager
 from lightning_gd.gradcheck.randomness import RandomState
 from lightning_gd.gradcheck.report import GradientReport
