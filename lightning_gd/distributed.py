@@ -1,11 +1,13 @@
 """Sums and means over processes: the only file that calls a collective."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lightning_gd.private import DispatchMode
 
 
 def world_size() -> int:
@@ -34,21 +36,16 @@ def differing(named: Mapping[str, Tensor]) -> list[str]:
     return found
 
 
-def alone(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function; raise RuntimeError if it communicated with other processes.
+class NoCollectives(DispatchMode):
+    """Refuses collectives inside a `with` block: the other processes may not call them as often."""
 
-    Its result has more than its own nodes in the graph of autograd.
-    """
-    from torch.distributed.tensor.debug import CommDebugMode  # it takes a while to import
-
-    with CommDebugMode() as seen:
-        found = function(*args)
-    if seen.get_total_counts():
-        raise RuntimeError(
-            "it communicates with other processes, which a check cannot repeat as often on each: "
-            "check it on one process, or give loss= without that"
-        )
-    return found
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in func.namespace:
+            raise RuntimeError(
+                "it communicates with other processes, which a check cannot repeat as often on "
+                "each: check it on one process, or give loss= without that"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def any_process(holds: bool) -> bool:

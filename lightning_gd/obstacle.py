@@ -2,36 +2,26 @@
 
 from typing import Any
 
-import torch.optim.optimizer as torchs
 from lightning.pytorch import Callback
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch.optim import SGD
 
 from lightning_gd.configured import ConfiguredModule
 from lightning_gd.hooks import RunHooks
+from lightning_gd.private import step_hooks
 
 
 def obstacle(module: ConfiguredModule, optimizer: Any) -> str:
-    """Return why the updates of a step must each be made by `optimizer.step()`; empty if not.
-
-    The private names are those of the hooks of torch.optim, which has no public way to ask for
-    them; they were checked with torch 2.14.
-    """
+    """Return why the updates of a step must each be made by `optimizer.step()`; empty if not."""
     wrapped = optimizer.optimizer
     trainer: Any = module.trainer
-    hooks = (
-        wrapped._optimizer_step_pre_hooks,
-        wrapped._optimizer_step_post_hooks,
-        torchs._global_optimizer_pre_hooks,  # pyright: ignore[reportAttributeAccessIssue]
-        torchs._global_optimizer_post_hooks,  # pyright: ignore[reportAttributeAccessIssue]
-    )
     if type(wrapped) is not SGD or len(wrapped.param_groups) > 1:
         groups = "" if len(wrapped.param_groups) == 1 else " with several groups"
         return f"{type(wrapped).__name__}{groups}"
     for name in ("fused", "foreach", "differentiable"):
         if wrapped.param_groups[0][name]:
             return f"SGD({name}=True)"
-    if any(hooks):
+    if any(True for _ in step_hooks(wrapped)):
         return "it has a hook"
     if not isinstance(trainer.profiler, PassThroughProfiler):
         return type(trainer.profiler).__name__

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lightning_gd.gradcheck.graph as graph
 from lightning_gd.batch import call, count_rows, tensors
-from lightning_gd.distributed import alone, world_size
+from lightning_gd.distributed import NoCollectives, world_size
 from lightning_gd.gradcheck.point import AUTOGRAD, FORMULA, Loss, Point, Weights
 from lightning_gd.gradcheck.precision import InFloat64
 from lightning_gd.gradcheck.randomness import RandomState
@@ -220,10 +220,6 @@ class Bench:
 
     def _call(self, function: Loss, name: str) -> Any:
         self.called = name
-        if self.draws is None and world_size() > 1:  # at first
-            self.draws = True
-            alone(self._call, function, name)
-            self.draws = None
         if self.draws is not False:
             self._state.restore()
         for module, leaf, buffer in self._assigned.values():
@@ -233,7 +229,9 @@ class Bench:
         if self.attributes:
             self.attributes.restore()
         self._given = converted(self.batch, None)
-        found = function(self.model, self._given)
+        is_first = self.draws is None and world_size() > 1
+        with NoCollectives() if is_first else nullcontext():
+            found = function(self.model, self._given)
         if self.draws is None:
             self.draws = not self._state.is_present()
         return found
