@@ -200,8 +200,6 @@ def refusal(trainer: Trainer, module: Any, loss: Any) -> str:
         return "it optimizes manually: give GradientCheck(loss=...), a method or a function"
     if names:
         return f"loss={names[0]!r} is no method of it"
-    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
-        return "torch.jit computes in less precision: check the module before it is scripted"
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         return "its training_step takes batches from dataloader_iter, and cannot be called again"
     if world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
@@ -225,8 +223,8 @@ def muted(trainer: Trainer) -> Iterator[None]:
     loggers, silent = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     settings, stops = [dict(group) for group in groups], trainer.should_stop
-    dense = [b for b in trainer.lightning_module.buffers() if b.layout == torch.strided]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in dense]
+    strided = [b for b in trainer.lightning_module.buffers() if b.layout == torch.strided]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in strided]
     trainer.loggers = silent  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield

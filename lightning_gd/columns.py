@@ -46,7 +46,8 @@ def check(where: str, wanted: Sequence[str], names: Sequence[str]) -> None:
         if count[name] != 1:
             near = nearest(name, names) if name not in count else ""
             hint = f"did you mean {near!r}? " if near else ""
-            hint = "is --data.separator right? " if len(names) == 1 else hint
+            is_text = not where.endswith((".parquet", ".pq", "stream"))
+            hint = "is --data.separator right? " if len(names) == 1 and is_text else hint
             some = shorten(", ".join(names), SHOWN, placeholder=" …")
             what = f"{count[name] or 'no'} column{'s' * (count[name] > 1)} {name!r}"
             raise ValueError(f"{where} has {what}: {hint}its columns: {some}")

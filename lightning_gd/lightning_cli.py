@@ -101,8 +101,9 @@ class CommandLine(LightningCLI):
             config = parser.parse_args(others)
             args = with_names(args, config.trainer.default_root_dir or LOGS, config.experiment)
         self.config = config = parser.parse_args(args)
-        if Path(config.experiment).name != config.experiment or config.experiment in ("", ".."):
-            raise ValueError(f"experiment={config.experiment!r} must be the name of a folder")
+        parts = Path(config.experiment).parts
+        if not parts or ".." in parts or Path(config.experiment).is_absolute():
+            raise ValueError(f"experiment={config.experiment!r} must be a folder below the logs")
         if self.verb == "export":
             check_target(config.to, config.overwrite)
             if config.ckpt_path is None:

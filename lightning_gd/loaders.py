@@ -1,4 +1,4 @@
-"""What a DataLoader of one's own does to a run, and a TensorDataModule does not."""
+"""Warnings about a DataLoader in place of a TensorDataModule."""
 
 import math
 from collections.abc import Iterator

@@ -75,8 +75,6 @@ def check_settings(h: Mapping[str, Any]) -> None:
     whole_number("accumulate_grad_batches", h["accumulate_grad_batches"], 1)
     if not isinstance(h.get("cuda_graph", False), bool):
         raise ValueError(f"cuda_graph={h['cuda_graph']!r} must be True or False")
-    if h["scheduler_args"] and h["scheduler"] is None:
-        raise ValueError(f"scheduler_args={h['scheduler_args']!r} need a scheduler: set it, too")
     for name, owner in (("optimizer_args", "optimizer"), ("scheduler_args", "scheduler")):
         if h[name] is not None and not isinstance(h[name], dict):
             raise ValueError(f"{name}={h[name]!r} must map arguments of the {owner} to values")

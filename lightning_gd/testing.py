@@ -96,7 +96,7 @@ class GradientTests:
 
     def _new(self) -> Any:
         torch.manual_seed(0)
-        module = self.module()  # in float64 by now, or Lightning would read checkpoints in float32
+        module = self.module()  # Lightning restores a checkpoint in the dtype that the module has
         return module.double() if self.precision == "64-true" else module
 
     def _checked(self, module: Any, batch: Any) -> GradientCheck:

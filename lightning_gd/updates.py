@@ -14,7 +14,6 @@ from lightning_gd.batch import Batch, CountsUpdates
 from lightning_gd.evaluation import EvaluatedModule
 from lightning_gd.settings import DivergenceError
 
-NO_DICT = "{} are of type {}: they must be a dict of tensors by the names of the parameters"
 STEPPED_HERE = 2**62  # a frequency at which Lightning never steps a scheduler
 
 
@@ -28,7 +27,11 @@ def in_order(
     """
     (loss, gradients), model = batch.loss_and_gradients(module), type(module).__name__
     if not isinstance(gradients, dict):
-        raise ValueError(NO_DICT.format(f"the gradients of {model}", type(gradients).__name__))
+        kind = type(gradients).__name__
+        raise ValueError(
+            f"the gradients of {model} are of type {kind}: they must be a dict of tensors by the "
+            "names of the parameters"
+        )
     for name, parameter in trained.items():
         if name not in gradients:
             raise ValueError(

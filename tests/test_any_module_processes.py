@@ -51,8 +51,14 @@ class Gathers(Plain):
         return super().training_step(batch, batch_idx) * total.sum().abs()
 
 
-def gathers():
-    return Gathers(linear().net, linear().loss)
+class Waits(Plain):
+    def training_step(self, batch, batch_idx):
+        torch.distributed.barrier()
+        return super().training_step(batch, batch_idx)
+
+
+def communicating(kind):
+    return kind(linear().net, linear().loss)
 
 
 def keep(_, bucket):
@@ -100,7 +106,8 @@ FOREIGN = [name for name in MODULES if name != "squeezenet"]
 CASES = {
     "linear": partial(told, linear),
     "even": partial(told, linear, counts=(4, 4)),
-    "gathers": partial(told, gathers),
+    "gathers": partial(told, partial(communicating, Gathers)),
+    "waits": partial(told, partial(communicating, Waits)),
     "hook": partial(told, linear, callbacks=[Deaf()]),
     "no_sync": partial(told, MODULES["metrics"][0], callbacks=[Unreduced()]),
 }
@@ -169,8 +176,9 @@ def test_the_bias_is_that_of_the_definition(ends):
     assert 0.001 < bias < 1
 
 
-def test_a_loss_that_communicates_is_refused_and_not_waited_for(ends):
-    for end in ends("gathers"):
+@pytest.mark.parametrize("name", ["gathers", "waits"])
+def test_a_loss_that_communicates_is_refused_and_not_waited_for(ends, name):
+    for end in ends(name):
         assert "it communicates with other processes" in end["error"] and end["steps"] == 0
 
 

@@ -117,4 +117,4 @@ def test_a_traceback_on_demand(folder):
 
 
 def test_the_number_of_cases():
-    assert len(CASES) + len(PROCESSES) + 1 == 264
+    assert len(CASES) + len(PROCESSES) + 1 == 263

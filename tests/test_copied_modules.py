@@ -1,5 +1,7 @@
 """GradientCheck on modules whose copy is hard to make, or hard to compute with in float64."""
 
+import gc
+import weakref
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_gd import GradientCheck, GradientError, check_gradients
+from lightning_gd.gradcheck.graph import precision_seen
 from lightning_gd.gradcheck.stepping import LENGTHS, step_length
 
 
@@ -117,7 +120,42 @@ class Lazy(Base):
         self.a = nn.LazyLinear(8)
 
 
+class Recorder:
+    """What a hook has seen, with a method of its own among its attributes."""
+
+    def __init__(self):
+        self.seen: Any = None
+        self.keep = self.save
+
+    def save(self, module, inputs, output):
+        self.seen = output
+
+
+class Records(Base):
+    """The loss reads what a hook of a helper has kept."""
+
+    def __init__(self, broken=False):
+        super().__init__(broken)
+        self.recorder = Recorder()
+        self.a.register_forward_hook(self.recorder.keep)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0.01 * self.recorder.seen.square().mean()
+
+
+class TwoPartials(Base):
+    def __init__(self, broken=False):
+        super().__init__(broken)
+        self.one = partial(lambda x, k: x * self.a.bias.sum() * k, k=0.1)
+        self.two = partial(lambda x, k: x * self.b.bias.sum() * k, k=0.3)
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.one(y) + self.two(y)
+
+
 MODULES = [
+    Records, TwoPartials,
     OverSelf, InADict, InAHelper, Wrapped, HandCast, HandCastHalf, TwoDtypes, Float32Inside,
     Compressed, Lazy,
 ]  # fmt: skip
@@ -140,10 +178,11 @@ def test_a_right_module_passes_and_its_run_is_the_same(make_trainer, kind):
 @pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
 def test_a_broken_one_is_found_at_once(make_trainer, kind):
     seed_everything(1, verbose=False)
-    with pytest.raises(GradientError, match="update 0:(?s:.*)2 times the gradient"):
+    with pytest.raises(GradientError, match="update 0:(?s:.*)passes through Doubled"):
         fit(make_trainer, kind(broken=True), None, GradientCheck(2))
 
 
+LEAF = torch.ones(5, requires_grad=True)
 SHARED = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
 
 
@@ -151,15 +190,52 @@ class OverAGlobal(Base):
     """No copy can know of it: neither its parameters nor its buffers may change."""
 
     def forward(self, x):
-        return super().forward(SHARED(x))
+        return super().forward(SHARED(x) * LEAF)
 
 
 @pytest.mark.filterwarnings(WARNS)
 def test_the_gradients_of_what_is_not_copied_stay_as_they_are(make_trainer):
-    for parameter in SHARED.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    leaves = [*SHARED.parameters(), LEAF]
+    for leaf in leaves:
+        leaf.grad = torch.zeros_like(leaf)
     check_gradients(OverAGlobal(), (rows()[0][0], rows()[0][1]))
-    assert not any(p.grad.any() for p in SHARED.parameters() if p.grad is not None)
+    assert not any(leaf.grad.any() for leaf in leaves if leaf.grad is not None)
+
+
+class Shorter(torch.autograd.Function):
+    """Its backward is 2.5 % too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return 2.05 * g
+
+
+class TwoBranches(HandCast):
+    """A branch in bfloat16 has nothing to do with the Function in the other."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + Shorter.apply(self.b(batch[0] @ self.a.weight.T)).square().mean()
+
+
+def test_another_branch_in_bfloat16_hides_no_mistake(make_trainer):
+    with pytest.raises(GradientError, match="update 0:(?s:.*)passes through Shorter"):
+        fit(make_trainer, TwoBranches(), None, GradientCheck(2))
+
+
+@pytest.mark.filterwarnings(WARNS)
+def test_checks_leave_no_memory_behind(make_trainer):
+    """A node of autograd that nothing leads to must not keep what it saved."""
+    saved = []
+    with precision_seen():
+        y = torch.randn(10, requires_grad=True).sigmoid()
+        saved.append(weakref.ref(y))
+        del y
+    assert gc.collect() >= 0 and saved[0]() is None
 
 
 class Script(Base):
@@ -175,10 +251,10 @@ class TakesTheIterator(Base):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is", "ignore:.*dataloader_iter")
 @pytest.mark.parametrize(
-    "kind, words", [(Script, "before it is scripted"), (TakesTheIterator, "dataloader_iter")]
+    "kind, words", [(Script, "before they are scripted"), (TakesTheIterator, "dataloader_iter")]
 )
-def test_what_cannot_be_checked_is_refused_before_the_fit(make_trainer, kind, words):
-    with pytest.raises(ValueError, match=f"cannot check {kind.__name__}: .*{words}"):
+def test_what_cannot_be_checked_is_refused(make_trainer, kind, words):
+    with pytest.raises(ValueError, match=words):
         fit(make_trainer, kind(), None, GradientCheck(2))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gd import GradientDescentModule
+from lightning_gd.checkpoints import read
 
 
 class Poisson(GradientDescentModule):
@@ -82,7 +83,10 @@ def test_a_data_module_of_ones_own_is_fitted_resumed_and_predicted():
         status, out, err = run("fit", *OWN, *last, "--trainer.max_epochs", "3")
     assert (status, err) == (0, "") and "gradient check    1 check, all" in out
     status, out, _ = run("fit", *OWN, *last, "--trainer.max_epochs", "3")
-    assert status == 0 and "no update was left to max_steps=-1 and max_epochs=3, at 9" in out
+    assert (
+        status == 0
+        and "no update was made: the run already has 9 (max_steps=-1, max_epochs=3)" in out
+    )
     status, _, err = run("fit", *OWN[:2], *OWN[4:], *last)
     assert status == 2 and f"the checkpoint is of --data {__name__}.Counts" in err
     status, out, err = run("predict", *OWN, *last)
@@ -111,6 +115,11 @@ def test_without_a_logger_no_file_of_another_run_is_written_over():
     assert Path("config.yaml").read_text().startswith("# mine")
     assert Path("checkpoints/last.ckpt").read_bytes() == kept
     assert not Path("checkpoints_2").exists()
+    # A run that continues from the last checkpoint of such a folder stays in it.
+    more = ["--trainer.max_steps", "6", "--ckpt_path", "checkpoints/last.ckpt"]
+    assert run("fit", *words, "--config", "config.yaml", *trainer_words(), *more)[0] == 0
+    assert read("checkpoints/last.ckpt")["global_step"] == 6
+    assert read("checkpoints_1/last.ckpt")["global_step"] == 3
 
 
 def test_one_batch_is_tried_without_a_logger():

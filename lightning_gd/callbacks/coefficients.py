@@ -85,8 +85,8 @@ def _all_of(best: Optimum) -> Tensor:
 
 def _rows(data: TableData, weight: Tensor, bias: Tensor, best: Optimum) -> Rows:
     """Return what the table shows of each coefficient."""
-    *slopes, offset = _all_of(best)
-    exact = data.coefficients(torch.stack(slopes), offset).tolist()
+    theta = _all_of(best)
+    exact = data.coefficients(theta[:-1], theta[-1]).tolist()
     found, errors = data.coefficients(weight, bias).tolist(), standard_errors(data, best).tolist()
     apart = [a - b for a, b in zip(found, exact, strict=True)]
     return list(zip([*data.features, "intercept"], found, exact, apart, errors, strict=True))

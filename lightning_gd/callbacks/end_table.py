@@ -85,8 +85,9 @@ class EndTable(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._rows:  # a resumed run had no update left: Lightning skips the training
-            limits = f"max_steps={trainer.max_steps} and max_epochs={trainer.max_epochs}"
-            rank_zero_only(print)(f"no update was left to {limits}, at {trainer.global_step:,}")
+            limits = f"max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs}"
+            made = f"the run already has {trainer.global_step:,} ({limits})"
+            rank_zero_only(print)(f"no update was made: {made}")
             self.on_train_start(trainer, pl_module)
             self.on_train_end(trainer, pl_module)
             if isinstance(pl_module, GradientDescentModule):

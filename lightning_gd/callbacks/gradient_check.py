@@ -40,9 +40,9 @@ class GradientCheck(Tally, Callback):
     `p.grad`, before it is clipped, is compared with the gradient on the batches of the update on
     all processes, which shows a missing reduction. See `check_gradients` and `check_delivered` for
     the bounds. A callback that changes `p.grad` must come before this one; what the module's own
-    `on_before_optimizer_step` changes is not seen. Of several accumulated batches each check takes
-    another one for the differences; an update where that one has no finite loss is not checked.
-    What is not the gradient of the loss by design fails the check: a
+    `on_before_optimizer_step` changes is not seen. With accumulated batches each check uses the
+    next one for the differences, skipping those without a loss. If its loss is not finite, the
+    update is not checked. What is not the gradient of the loss by design fails the check: a
     straight-through estimator or a teacher updated inside the loss (`detach`; pass `loss=` with
     fixed targets), `spectral_norm`, `rsample` of Gamma and Dirichlet, hooks that change gradients,
     embeddings with `scale_grad_by_freq`, `max_norm`, or `padding_idx` of `F.embedding`.
@@ -168,6 +168,11 @@ class GradientCheck(Tally, Callback):
         if now == self._due:
             self._state = RandomState.now()
 
+    def _turn(self, trainer: Trainer) -> int:
+        """Return the number of updates before this one that are due, whoever has checked them."""
+        update, n = trainer.global_step // self._share, self.every_n_updates
+        return -(-update // n) + sum(early < update and early % n > 0 for early in EARLY)
+
     def _check(self, trainer: Trainer, module: Any, optimizer: Optimizer) -> None:
         update = Update(trainer, module, self.loss, self.reference, optimizer)
         if not update.found or update.is_skipped:
@@ -178,7 +183,7 @@ class GradientCheck(Tally, Callback):
         with muted(trainer), same_randomness():
             before, parts = self._kept.as_it_was(module), self._kept.parts(update, self._state)
             known = repeated if self._sound else None
-            asked = before, parts, self._state, self.rows, known, self.checks
+            asked = before, parts, self._state, self.rows, known, self._turn(trainer)
             report, trusted = update.formula(*asked)
             is_skipped = not agreed(not report.is_skipped)
             if is_skipped and agreed(report.ok or report.is_skipped):

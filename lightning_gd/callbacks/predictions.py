@@ -23,7 +23,7 @@ class Predictions(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._found: Tensor | None = None  # shape [N, K + 1]: K numbers, and 1 if they are known
-        self._batches: list[tuple[Tensor, Any]] = []  # predictions and targets of foreign data
+        self._batches: list[tuple[Tensor, list[str]]] = []  # those of foreign data, and targets
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -33,7 +33,7 @@ class Predictions(Callback):
             return
         values = outputs[:, None].flatten(1)
         if data is None:
-            self._batches.append((values.cpu(), batch))
+            self._batches.append((values.cpu(), _targets(batch, len(values))))
             return
         if self._found is None:
             self._found = values.new_zeros(len(data.tables["test"]), values.shape[1] + 1)
@@ -45,8 +45,7 @@ class Predictions(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data, rows = tensor_data(trainer), list[tuple[Any, ...]]()
         if data is None and trainer.world_size == 1:
-            for values, batch in self._batches:
-                targets = _targets(batch, len(values))
+            for values, targets in self._batches:
                 rows += [(len(rows) + k, targets[k], _cell(v)) for k, v in enumerate(values)]
         elif data is not None and self._found is not None:
             found, target = reduce_sum(self._found).cpu(), data.tables["test"].targets()
@@ -56,7 +55,8 @@ class Predictions(Callback):
         if not trainer.is_global_zero:
             return
         if not rows:
-            print("no predictions.csv is written: it needs predictions with one tensor per batch")
+            several = ", and on several processes the data must be a TensorDataModule"
+            print(f"no predictions.csv is written: predict_step must return a tensor{several}")
         elif path := write_csv(trainer, "predictions.csv", [HEADER, *rows]):
             print(f"predictions: {path}")
 

@@ -36,22 +36,25 @@ class RunCheckpoint(Checkpoint):
         self.best_model_score = float("inf")
         self._folder: Path | None = None  # None writes nothing
         self._validated, self._saved = -1, 0  # at which update
+        self._loaded: dict[str, Any] = {}  # the state of the run that is continued
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the folder before anything is computed."""
-        self._folder, self._validated, self._saved = None, -1, 0
-        if stage != "fit" or getattr(trainer, "fast_dev_run", False):
-            return
-        self._folder = Path(self.dirpath) if self.dirpath else _new_folder(trainer)
-        if trainer.is_global_zero:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        """Forget the run before."""
+        self._folder, self._validated, self._saved, self._loaded = None, -1, 0, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of checkpoints in the folder of which this run is not the continuation."""
-        last = self._folder and self._folder / "last.ckpt"
-        # The Trainer learns of the checkpoint that it continues from after `setup`.
-        if last and last.exists() and trainer.ckpt_path is None and trainer.is_global_zero:
-            warnings.warn(f"the checkpoints in {self._folder} will be replaced", stacklevel=2)
+        """Make the folder before anything is computed; a continued run has its best one there."""
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        self._folder = Path(self.dirpath) if self.dirpath else _folder(trainer)
+        last, best = self._folder / "last.ckpt", self._folder / "best.ckpt"
+        if trainer.is_global_zero:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if last.exists() and trainer.ckpt_path is None:
+                warnings.warn(f"the checkpoints in {self._folder} will be replaced", stacklevel=2)
+        if self._loaded.get("best_model_path") and best.is_file():  # the folder may have moved
+            self.best_model_path = str(best)
+            self.best_model_score = float(self._loaded["best_model_score"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an interval that would fall inside a step."""
@@ -89,11 +92,7 @@ class RunCheckpoint(Checkpoint):
         return {"best_model_path": self.best_model_path, "best_model_score": self.best_model_score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the best so far, if it is in this folder; the folder may have moved."""
-        best = Path(self._folder or "", "best.ckpt")
-        if self._folder and state_dict["best_model_path"] and best.is_file():
-            self.best_model_path = str(best)
-            self.best_model_score = float(state_dict["best_model_score"])
+        self._loaded = state_dict
 
     def _is_due(self, trainer: Trainer) -> bool:
         return bool(self.every_n_updates) and trainer.global_step % self.every_n_updates == 0
@@ -126,14 +125,17 @@ def _validates_now(trainer: Trainer, batch_idx: int) -> bool:
     return (trainer.current_epoch + 1) % epochs == 0 and (batch_idx + 1) % every == 0
 
 
-def _new_folder(trainer: Trainer) -> Path:
+def _folder(trainer: Trainer) -> Path:
     """Return the folder of the run's checkpoints on every process.
 
-    Without a logger it is one of the Trainer's folder that has no checkpoints of another run.
+    Without a logger it is that from whose last checkpoint the run continues, or a new one.
     """
-    folder = run_folder(trainer)
-    found = Path(folder or trainer.default_root_dir, "checkpoints")
+    folder, start = run_folder(trainer), Path(str(trainer.ckpt_path or ""))
+    found = root = Path(folder or trainer.default_root_dir, "checkpoints").absolute()
     others = (found.with_name(f"checkpoints_{k}") for k in count(1))
-    while folder is None and (found / "last.ckpt").exists():
+    while folder is None and any(found.glob("*.ckpt")):
         found = next(others)
-    return Path(trainer.strategy.broadcast(str(found)))
+    own = start.absolute().parent
+    if folder is None and start.name == "last.ckpt" and own.parent == root.parent:
+        found = own
+    return Path(trainer.strategy.broadcast(str(found if folder is None else root)))

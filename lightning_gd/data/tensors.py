@@ -61,7 +61,7 @@ class TensorDataModule(LightningDataModule):
         self.tables: dict[str, Table] = {}
         if batch_size is not None and moments:
             raise ValueError(
-                f"moments=True needs the full batch: leave --data.batch_size out (got {batch_size})"
+                f"moments=True needs the full batch: set --data.batch_size null (got {batch_size})"
             )
 
     def load(self) -> dict[str, Table]:

@@ -36,7 +36,8 @@ def check_gradients(
     `autograd.Function` with a hand-written `backward`. This happens in float64 on a copy, where
     every call sees the same random numbers and buffers; nothing of the model changes. Where the
     model asks for float32, as `.float()` does, it is given float64, but inside of a hand-written
-    `backward`, which may then differ by 1e-4 of the slope. A model that cannot run in float64 at
+    `backward`, which may then differ by 1e-4 of the slope (8 eps where it asks for bfloat16 or
+    float16). A model that cannot run in float64 at
     all is checked in its own dtype; the bounds in the report say what is seen there.
 
     Each parameter moves along its gradient and a random direction at once, so that every entry

@@ -157,8 +157,10 @@ class _Local:
         self, model: nn.Module, delivery: Delivery, dtype: torch.dtype | None = None
     ) -> None:
         self.model, self.delivery, self.dtype, self.is_own = model, delivery, dtype, dtype is None
-        dtypes = (gradient.dtype for gradient in delivery.gradients.values())
+        dtypes = {gradient.dtype for gradient in delivery.gradients.values()}
         self._longest = dtype or min(dtypes, key=lambda kind: torch.finfo(kind).eps)
+        # New tensors are of the dtype of the run, which is not that of all parameters if they mix.
+        self._usual = self._longest if len(dtypes) == 1 else dtype or torch.get_default_dtype()
         self.draws, self.eps = False, 0.0
 
     def gradients(self, shake: int = 0) -> Tensor:
@@ -167,7 +169,7 @@ class _Local:
         A `shake` above 0 is the seed of random changes of weights and rows by eps.
         """
         given, source = self.delivery, torch.Generator().manual_seed(shake)
-        with eager(self._longest):
+        with eager(self._usual):
             copied = given.copy(self.model, self.dtype)
             for parameter in copied.parameters() if shake else ():
                 parameter.data = shaken(parameter.data, given.eps, source)

@@ -13,13 +13,15 @@ def gradients_of(
 ) -> dict[str, Tensor]:
     """Return the gradients by `backward`, dense and zero where there is none; `grad` stays None.
 
-    Nor does the `grad` of parameters of other modules change.
+    Nor does the `grad` of tensors change that are no parameters of the module.
     """
     own = {id(p) for p in module.parameters()}
-    others = any(isinstance(v, nn.Parameter) and id(v) not in own for v in _leaves(loss))
-    # Only then: not every Function takes part, as in `autograd.grad`.
-    inputs = [p for p in parameters.values() if p.requires_grad] if others else None
-    loss.backward(loss.new_full(loss.shape, scale), inputs=inputs)
+    others = [(leaf, leaf.grad) for leaf in _leaves(loss) if id(leaf) not in own]
+    for leaf, _ in others:
+        leaf.grad = None
+    loss.backward(loss.new_full(loss.shape, scale))  # `autograd.grad` is not for every Function
+    for leaf, gradient in others:
+        leaf.grad = gradient
     found = {}
     for name, parameter in parameters.items():
         gradient, parameter.grad = parameter.grad, None
@@ -88,7 +90,7 @@ def precision_seen() -> Iterator[list[float]]:
     def pack(values: Tensor) -> Tensor:
         if values.is_floating_point():
             found.append(torch.finfo(values.dtype).eps)
-        return values
+        return values.detach()  # itself would be kept for ever by a node that nothing leads to
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda values: values):
         yield found

@@ -11,7 +11,11 @@ from torch.overrides import TorchFunctionMode
 BACKWARD_ERROR = 1e-4
 SAFETY = 8  # eps: of one in bfloat16 or float16
 SHORT = (torch.float32, torch.bfloat16, torch.float16)
-SHORTER = (torch.Tensor.float, torch.Tensor.bfloat16, torch.Tensor.half)
+METHODS: dict[Any, torch.dtype] = {
+    torch.Tensor.float: torch.float32,
+    torch.Tensor.bfloat16: torch.bfloat16,
+    torch.Tensor.half: torch.float16,
+}
 
 
 @contextmanager
@@ -45,12 +49,22 @@ class InFloat64(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backward_error = BACKWARD_ERROR
+        self.backward_error, self._is_backward = BACKWARD_ERROR, False
+
+    @contextmanager
+    def counted(self, loss: torch.Tensor) -> Iterator[None]:
+        """Count what is asked for inside a `with` block as part of the backward pass of a loss."""
+        self._is_backward = loss.device.type == "cpu"
+        try:
+            yield
+        finally:  # other threads make the backward pass of GPUs: all counts, that is not seen there
+            self._is_backward = loss.device.type != "cpu"
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func in SHORTER:
+        if func in METHODS:
+            self._lifted(METHODS[func])
             func = torch.Tensor.double
         named = {name: self._lifted(value) for name, value in (kwargs or {}).items()}
         return func(*map(self._lifted, args), **named)
@@ -58,5 +72,6 @@ class InFloat64(TorchFunctionMode):
     def _lifted(self, value: Any) -> Any:
         if not isinstance(value, torch.dtype) or value not in SHORT:
             return value
-        self.backward_error = max(self.backward_error, SAFETY * torch.finfo(value).eps)
+        if self._is_backward and value != torch.float32:
+            self.backward_error = max(self.backward_error, SAFETY * torch.finfo(value).eps)
         return torch.float64

@@ -11,8 +11,8 @@ EXPLODED = 1000  # times the change that is wanted: so far no step goes, if a sh
 def step_length(change_after: Callable[[float], float], wanted: float) -> float:
     """Return the shortest length after which the loss has changed by as much as is wanted.
 
-    Of a loss that never does it is the one after which half of its largest change is there, and
-    before a leap, or before the loss is not finite, the length before.
+    If it never does, return the length that gives half of its largest change. If the loss leaps or
+    is not finite at a length, return the one before.
 
     Args:
         change_after: Function of a length that returns the absolute change of the loss.

@@ -12,25 +12,27 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_gd.batch import tensors
-from lightning_gd.gradcheck.rebinding import rebind
+from lightning_gd.gradcheck.rebinding import PLAIN, Rebinding, is_helper
 
 SILENT = ("log", "log_dict", "print")  # methods of a copy that do nothing
 FRAME = vars(LightningModule()).keys() - {"training"}  # attributes of every module
 MOST_COPIED = 10_000  # entries of an attribute; what has more is data
-PLAIN = (bool, int, float, str, type(None))
-ROWS = (torch.sparse_csr, torch.sparse_csc)  # layouts of tensors that deepcopy does not copy
+COMPRESSED = (torch.sparse_csr, torch.sparse_csc)  # layouts that deepcopy does not copy
 
 
 class Attributes:
     """What modules keep beside parameters and buffers: counters, hidden states, metrics.
 
-    Those of torch.nn keep nothing that a call changes, and scripts can not be looked into.
+    Those of torch.nn keep nothing that a call changes. A helper object stays the same object, since
+    a hook may refer to it.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        ours = ("torch.nn.modules.", "torch.jit.")
-        self._modules = [m for m in model.modules() if not type(m).__module__.startswith(ours)]
+        ours = "torch.nn.modules."
+        modules = [m for m in model.modules() if not type(m).__module__.startswith(ours)]
+        self._modules: list[Any] = [*modules, *helpers_of(model)]
         shared = [*model.modules(), *model.parameters(), *model.buffers(), trainer_of(model)]
+        shared += helpers_of(model)
         self._memo: dict[int, Any] = {id(value): value for value in shared} | data_of(model)
         present = list(map(own_attributes, self._modules))
         self._plain = list(map(plain_attributes, self._modules))
@@ -46,12 +48,18 @@ class Attributes:
             vars(module).update(plain, **values)
 
 
-def own_attributes(module: nn.Module) -> dict[str, Any]:
+def helpers_of(model: nn.Module) -> list[Any]:
+    """Return the objects among the attributes of modules that hold values for them."""
+    values = (value for module in model.modules() for value in own_attributes(module).values())
+    return list({id(value): value for value in values if is_helper(value)}.values())
+
+
+def own_attributes(module: Any) -> dict[str, Any]:
     """Return the attributes of a module that are no parameters, buffers, modules or hooks."""
     return {name: value for name, value in vars(module).items() if name not in FRAME}
 
 
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
+def plain_attributes(module: Any) -> dict[str, Any]:
     """Return those of them that nothing can change in place."""
     return {name: v for name, v in own_attributes(module).items() if type(v) in PLAIN}
 
@@ -61,12 +69,16 @@ def data_of(model: nn.Module) -> dict[int, Any]:
     values = [value for module in model.modules() for value in own_attributes(module).values()]
     kept = [value for value in values if isinstance(value, (Dataset, DataLoader))]
     kept += [v for v in values if isinstance(v, (list, tuple, dict, set)) and len(v) > MOST_COPIED]
-    kept += [tensor for value in values for tensor in tensors(value) if tensor.layout in ROWS]
+    kept += [tensor for value in values for tensor in tensors(value) if tensor.layout in COMPRESSED]
     return {id(value): value for value in kept}
 
 
 def twin(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
     """Return a copy of a module, in another dtype if one is given; it logs nothing."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ValueError(
+            "modules of torch.jit cannot be copied: check them before they are scripted"
+        )
     trainer = trainer_of(model)
     memo = {id(trainer): trainer, **data_of(model)}  # which attributes may lead to
     try:
@@ -128,11 +140,13 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> Any:
     try:
         copied = copy.deepcopy(model, made)
     except RuntimeError:  # results that a module keeps cannot be copied with their graph
-        kept = (t for module in model.modules() for t in tensors(own_attributes(module)))
+        holders = [*model.modules(), *helpers_of(model)]
+        kept = (t for holder in holders for t in tensors(own_attributes(holder)))
         made = memo | {id(t): t.detach().clone() for t in kept if not t.is_leaf}
         copied = copy.deepcopy(model, made)
+    rebinding = Rebinding(made)
     for module in copied.modules():
-        rebind(module, made)
+        rebinding.rebind(module)
     return copied
 
 
