@@ -1,4 +1,4 @@
-"""The private names of torch that this package uses, and why; checked with torch 2.6 to 2.15."""
+"""The private names of torch that this package uses, and why; checked with torch 2.6 and 2.14."""
 
 from collections.abc import Iterator
 from typing import Any
