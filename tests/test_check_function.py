@@ -283,8 +283,8 @@ def test_a_complex_output_is_checked_by_its_parts():
 
 
 def test_an_empty_input_is_left_alone():
-    product = lambda x, _: 2 * x, lambda g, x, _: (2 * g, torch.zeros(0))  # noqa: E731
-    assert check_function(product, normal(4, 6), torch.zeros(0)).ok
+    twice = (lambda x, _: 2 * x), (lambda g, x, _: (2 * g, torch.zeros(0)))
+    assert check_function(twice, normal(4, 6), torch.zeros(0)).ok
 
 
 class NeedsBoth(Function):
