@@ -23,7 +23,8 @@ def choose(
         ValueError: For a column that is not there, or that is there twice, and for features that
             are no columns of their own beside the target.
     """
-    check(where, [*([] if target is None else [target]), *(features or [])], names)
+    if target is not None:
+        check(where, [target], names)
     if "" in names and features is None:
         raise ValueError(
             f"column {list(names).index('') + 1} of {where} has no name (the index of a pandas "

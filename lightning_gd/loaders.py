@@ -10,7 +10,7 @@ from lightning_gd.batch import EvenSteps
 
 
 def effects(trainer: Trainer) -> Iterator[str]:
-    """Yield what is to be said of the training loader at the start of a fit."""
+    """Yield the warnings about the training loader at the start of a fit."""
     loader = trainer.train_dataloader
     endless = math.isinf(trainer.num_training_batches) and not isinstance(loader, EvenSteps)
     if endless and trainer.world_size > 1:

@@ -21,7 +21,7 @@ def obstacle(module: ConfiguredModule, optimizer: Any) -> str:
     for name in ("fused", "foreach", "differentiable"):
         if wrapped.param_groups[0][name]:
             return f"SGD({name}=True)"
-    if any(True for _ in step_hooks(wrapped)):
+    if any(step_hooks(wrapped)):
         return "it has a hook"
     if not isinstance(trainer.profiler, PassThroughProfiler):
         return type(trainer.profiler).__name__

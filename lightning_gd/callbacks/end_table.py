@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
@@ -86,8 +85,8 @@ class EndTable(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._rows:  # a resumed run had no update left: Lightning skips the training
             limits = f"max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs}"
-            made = f"the run already has {trainer.global_step:,} ({limits})"
-            rank_zero_only(print)(f"no update was made: {made}")
+            if trainer.is_global_zero:
+                print(f"no update was made: the run already has {trainer.global_step:,} ({limits})")
             self.on_train_start(trainer, pl_module)
             self.on_train_end(trainer, pl_module)
             if isinstance(pl_module, GradientDescentModule):

@@ -1,7 +1,7 @@
 """The best and the last checkpoint of a run."""
 
 import warnings
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +126,19 @@ def _validates_now(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def _folder(trainer: Trainer) -> Path:
-    """Return the folder of the run's checkpoints on every process.
+    """Return the folder of the run's checkpoints on every process."""
+    folder = run_folder(trainer)
+    found = _without_logger(trainer) if folder is None else folder / "checkpoints"
+    return Path(trainer.strategy.broadcast(str(found)))
 
-    Without a logger it is that from whose last checkpoint the run continues, or a new one.
-    """
-    folder, start = run_folder(trainer), Path(str(trainer.ckpt_path or ""))
-    found = root = Path(folder or trainer.default_root_dir, "checkpoints").absolute()
-    others = (found.with_name(f"checkpoints_{k}") for k in count(1))
-    while folder is None and any(found.glob("*.ckpt")):
-        found = next(others)
-    own = start.absolute().parent
-    if folder is None and start.name == "last.ckpt" and own.parent == root.parent:
-        found = own
-    return Path(trainer.strategy.broadcast(str(found if folder is None else root)))
+
+def _without_logger(trainer: Trainer) -> Path:
+    """Return the folder from whose last checkpoint the run continues, or one without any."""
+    root, start = Path(trainer.default_root_dir), Path(str(trainer.ckpt_path or ""))
+    folders = chain([root / "checkpoints"], (root / f"checkpoints_{k}" for k in count(1)))
+
+    def fits(folder: Path) -> bool:
+        own = (folder / "last.ckpt").absolute()
+        return start.absolute() == own or not any(folder.glob("*.ckpt"))
+
+    return next(filter(fits, folders))
