@@ -79,7 +79,7 @@ class Update:
         repeated: Repeated | None,
         turn: int,
     ) -> tuple[GradientReport, bool]:
-        """Check the formula, or autograd; tell whether what is to come is of plain operations.
+        """Check the formula, or autograd, and tell whether autograd of the loss can be trusted.
 
         Args:
             before: The module before the update.
@@ -88,7 +88,11 @@ class Update:
             rows: On which a formula is checked.
             repeated: Checks a formula that was found right.
             turn: Number of the check: each one looks at another batch that has a loss.
+
+        Returns:
+            The report; and True for a formula, or if the loss is made of plain operations.
         """
+        known = repeated if self.explicit and self.reference is None else None
         weighted, report = [part for part in parts if part.weight], GradientReport(())
         several = self.trainer.world_size * len(parts) * self.trainer.accumulate_grad_batches > 1
         for k in range(len(weighted)):
@@ -99,7 +103,6 @@ class Update:
                 batch, given, loss = draw(batch, rows, step), RandomState.seeded(step), own_loss
             if self.own and several and (words := not_a_mean(before, batch)):
                 return GradientReport((ParameterReport("loss", diagnosis=words),)), True
-            known = repeated if self.explicit and self.reference is None else None
             report = known and known.report(before, batch, loss, given)
             asked = before, batch, loss, given, self.explicit, self.reference
             report = report or check_formula(*asked)

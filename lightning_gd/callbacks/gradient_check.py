@@ -31,7 +31,8 @@ RECORDS = vars(GradientDescentModule()).keys()  # attributes of a run, beside th
 class GradientCheck(Tally, Callback):
     """Checks the formula, and the gradient that the optimizer gets, at single updates.
 
-    These are the updates 0, 1, 10, 100, every `every_n_updates`, and the last one of the run.
+    These are the updates 0, 1, 10, 100, every `every_n_updates`, and the last one of the run (where
+    several optimizers step by hand, that of `max_steps`).
     The gradient is that of the formula in explicit mode, on a few random rows. Of any other
     LightningModule it is that of autograd through its `training_step`, with every hand-written
     `backward` in it. It is compared with differences of the loss; a formula that they found right
@@ -169,7 +170,7 @@ class GradientCheck(Tally, Callback):
             self._state = RandomState.now()
 
     def _turn(self, trainer: Trainer) -> int:
-        """Return the number of updates before this one that are due, whoever has checked them."""
+        """Return how many updates before this one are due, also of a run that was resumed."""
         update, n = trainer.global_step // self._share, self.every_n_updates
         return -(-update // n) + sum(early < update and early % n > 0 for early in EARLY)
 

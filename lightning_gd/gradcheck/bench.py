@@ -103,7 +103,7 @@ class Bench:
                 raise NoLoss(f"it is {loss.item()} on this batch")
             raise ValueError(f"it is {loss.item()} after a random step of the weights")
         self.functions = self.functions or graph.functions_behind(loss, self.parameters)
-        with self.lifted.counted(loss) if self.lifted else nullcontext():
+        with self.lifted.backward() if self.lifted else nullcontext():
             found = graph.gradients_of(loss, self.parameters, self.scale, self.model)
         gradients = {AUTOGRAD: {n: gradient / self.scale for n, gradient in found.items()}}
         if method:

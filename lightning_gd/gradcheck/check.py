@@ -108,11 +108,12 @@ def check_formula(
 ) -> GradientReport:
     """Check the formula of a model, or autograd; see `check_gradients`."""
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
     raised = short = ""
     # Float64 first; then also where the model asks for a shorter dtype; then its own dtype.
     ways = [(torch.float64, False), (torch.float64, True), (own, False)]
     for number, (dtype, is_lifted) in enumerate(dict.fromkeys(ways)):
-        lifted = InFloat64() if is_lifted else None
+        lifted = InFloat64(on_cpu) if is_lifted else None
         with eager(dtype), lifted or nullcontext():
             bench = Bench(twin(model, dtype), batch, loss, state, reference, not explicit)
             bench.lifted, bench.is_strict = lifted, number == 0

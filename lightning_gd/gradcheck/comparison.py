@@ -137,16 +137,16 @@ class Comparison:
         parts = {kind: slopes_of(point, kind, way) for kind in self.kinds}
         slopes = {kind: sum(values) for kind, values in parts.items()}
         size = max(sum(map(abs, values)) for values in parts.values())
-        short = bench.lifted.backward_error if bench.lifted else 0.0
+        cast = bench.lifted.backward_error if bench.lifted else 0.0
         pairs = zip(parts[AUTOGRAD], way, strict=True)  # of slopes through hand-written Functions
-        short *= sum(abs(slope) for slope, name in pairs if bench.functions.get(name))
+        cast *= sum(abs(slope) for slope, name in pairs if bench.functions.get(name))
         cancelled = CANCELLED * bench.eps * max(abs(point.loss) for point in self.points)
         # More lengths are tried before a single one is called wrong.
         for exact in (ROUGH * size, 0.0)[: 3 - min(len(names), 2)]:
             slopes["differences"], doubt = slope_of(bench, point, way, exact)
             errors = {kind: abs(slopes[kind] - slopes["differences"]) for kind in self.kinds}
             bound = doubt + bench.rounding * max(size, abs(point.loss)) + cancelled
-            bound += short
+            bound += cast
             if all(error <= bound for error in errors.values()):
                 break
         return slopes, errors, bound

@@ -25,9 +25,9 @@ from lightning_gd.gradcheck.report import GradientReport, NoLoss, ParameterRepor
 from lightning_gd.gradcheck.twin import converted, shaken, shaken_batch, twin
 
 SHAKES = 4  # times that weights and rows are changed in their last digit
-# Errors of sums that are rounded at every step, in units of what one rounding of the weights and
-# rows does; and between two ways to the same sums. Products in bfloat16 and float16 are added up
-# in float32.
+# Of sums that are rounded at every step: their error in units of what one rounding of the weights
+# and rows does, and the eps between two orders of adding up. SHORT replaces both in bfloat16 and
+# float16, whose products are added up in float32.
 SAFETY, CLOSE, SHORT = 32, 64, 8
 DRAWS = "the loss draws random numbers"
 
@@ -109,7 +109,7 @@ def _in_float64(model: nn.Module, delivery: Delivery) -> tuple[list[Tensor], str
     local = _Local(model, delivery, torch.float64)
     try:
         sums = [local.gradients(shake) for shake in range(SHAKES + 1)]
-    except Exception as error:
+    except Exception as error:  # whatever a model raises in float64 belongs in the report
         return [], first_line(error)
     return sums, DRAWS if local.draws else ""
 

@@ -43,22 +43,26 @@ def eager(dtype: torch.dtype) -> Iterator[None]:
 class InFloat64(TorchFunctionMode):
     """Computes in float64 where a shorter dtype is asked for, as by `.float()`.
 
+    Args:
+        on_cpu: Whether the backward pass is made by this thread. Other threads make that of GPUs,
+            where nothing is seen: what the forward pass asks for counts in its place.
+
     Attributes:
         backward_error: Relative, of a hand-written backward pass that asks for it, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_cpu: bool) -> None:
         super().__init__()
-        self.backward_error, self._is_backward = BACKWARD_ERROR, False
+        self.backward_error, self._counts = BACKWARD_ERROR, not on_cpu
 
     @contextmanager
-    def counted(self, loss: torch.Tensor) -> Iterator[None]:
-        """Count what is asked for inside a `with` block as part of the backward pass of a loss."""
-        self._is_backward = loss.device.type == "cpu"
+    def backward(self) -> Iterator[None]:
+        """Count what the backward pass asks for inside a `with` block."""
+        before, self._counts = self._counts, True
         try:
             yield
-        finally:  # other threads make the backward pass of GPUs: all counts, that is not seen there
-            self._is_backward = loss.device.type != "cpu"
+        finally:
+            self._counts = before
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -72,6 +76,6 @@ class InFloat64(TorchFunctionMode):
     def _lifted(self, value: Any) -> Any:
         if not isinstance(value, torch.dtype) or value not in SHORT:
             return value
-        if self._is_backward and value != torch.float32:
+        if self._counts and value != torch.float32:
             self.backward_error = max(self.backward_error, SAFETY * torch.finfo(value).eps)
         return torch.float64

@@ -30,9 +30,10 @@ class Attributes:
     def __init__(self, model: nn.Module) -> None:
         ours = "torch.nn.modules."
         modules = [m for m in model.modules() if not type(m).__module__.startswith(ours)]
-        self._modules: list[Any] = [*modules, *helpers_of(model)]
-        shared = [*model.modules(), *model.parameters(), *model.buffers(), trainer_of(model)]
-        shared += helpers_of(model)
+        helpers = helpers_of(model)
+        self._modules: list[Any] = [*modules, *helpers]
+        shared = [*model.modules(), *model.parameters(), *model.buffers(), *helpers]
+        shared.append(trainer_of(model))
         self._memo: dict[int, Any] = {id(value): value for value in shared} | data_of(model)
         present = list(map(own_attributes, self._modules))
         self._plain = list(map(plain_attributes, self._modules))
